@@ -1,0 +1,65 @@
+package balancer
+
+import (
+	"context"
+	"net/netip"
+)
+
+// A Part makes one kernel interface hold what a Desired asks for.
+//
+// Plan reads what is installed, never remembers it, and reports only what we
+// own. A nil Desired asks for nothing at all: everything of ours goes. Apply is
+// safe to repeat; after an error the caller plans afresh. Neither is called by
+// two goroutines at once.
+type Part interface {
+	// Name is a short noun for logs and errors, such as "nftables".
+	Name() string
+	Plan(ctx context.Context, want *Desired) (Plan, error)
+	Apply(ctx context.Context, p Plan) error
+}
+
+// A Watcher is a Part that can tell when the kernel's side changed under it.
+// Watch calls changed for each change that was not the Part's own, or may not
+// have been, and returns when ctx ends (nil) or the kernel cannot tell (error).
+type Watcher interface {
+	Watch(ctx context.Context, changed func()) error
+}
+
+// A Plan is an ordered list of changes, in the words of the kernel's own tool.
+type Plan interface {
+	// Empty reports that there is nothing to change.
+	Empty() bool
+	// Lines says each change as a command a reader could have typed, without a
+	// line break.
+	Lines() []string
+}
+
+// Desired is everything that should hold in the kernel.
+type Desired struct {
+	Table *Table
+	// Bound are the VIPs with an interface, sorted by address.
+	Bound []VIP
+	// Forwarding says which families need IP forwarding.
+	Forwarding4, Forwarding6 bool
+	// Egress lists the interfaces that lead to targets, sorted.
+	Egress []string
+}
+
+// A Route is how the host would reach a target.
+type Route struct {
+	// Source is the address the kernel would use towards it, or, when that is
+	// a VIP, another address of the same interface; the zero Addr when none.
+	Source    netip.Addr
+	Interface string
+	// Subnet is the directly connected prefix the target sits in; the zero
+	// Prefix when it is reached through a gateway.
+	Subnet netip.Prefix
+	// Local says that the target is an address of this host.
+	Local bool
+}
+
+// A Router answers how the host would reach addresses. An address without a
+// route is absent from the answer. isVIP tells which sources may not be used.
+type Router interface {
+	Routes(ctx context.Context, targets []netip.Addr, isVIP func(netip.Addr) bool) (map[netip.Addr]Route, error)
+}
