@@ -1,0 +1,646 @@
+package nft
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"nlb/balancer"
+	"nlb/balancer/maglev"
+)
+
+// Names that rules and elements refer to.
+const (
+	chainDispatch = "dispatch"
+	chainUnwanted = "unwanted"
+	chainGuard    = "guard"
+	chainSource   = "source"
+
+	counterUnwanted   = "unwanted_drops"    // to a VIP, but no listener's
+	counterNotAllowed = "not_allowed_drops" // refused by a listener's allow list
+	counterNoTarget   = "no_target_drops"   // the group has nobody to send to
+	counterHairpin    = "hairpin_drops"     // a client that is its own target, preserved
+	counterInvalid    = "invalid_drops"     // from a target, but of no flow we know
+	counterNoSource   = "no_source_drops"   // SNAT with no address to use
+	counterHairpinned = "hairpins"          // flows sourced from here because of their client
+)
+
+var counterNames = []string{
+	counterUnwanted, counterNotAllowed, counterNoTarget, counterHairpin, counterInvalid, counterNoSource, counterHairpinned,
+}
+
+// Priorities. NAT goes just before the usual dstnat and srcnat, so that a VIP is
+// a VIP before a general port forward sees it, and a hairpin has its source
+// before a general masquerade gives it another. The filters go before "filter"
+// for the same reason.
+const (
+	priorityDNAT   = -105
+	prioritySNAT   = 95
+	priorityFilter = -5
+)
+
+// A renderer turns Tables into Rulesets. It is a function with a memory: pools
+// that did not change since the last call are not computed again, so that one
+// target of ten thousand costs what one target costs.
+type renderer struct {
+	pools map[string]*renderedPool
+}
+
+// render is the whole translation from virtual services to nft. Each target of
+// the table has a number in n.
+func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
+	rs := newRuleset()
+	r.renderPools(rs, t, n)
+	for _, name := range counterNames {
+		rs.addObject(&Object{Name: name, Type: objectCounter})
+	}
+	rs.addSet(hostsSet(t))
+	for _, f := range families {
+		rs.addSet(vipSet(t, f))
+		rs.addSet(servicesMap(t, f))
+		rs.addSet(targetsSet(t, f))
+	}
+	for i := range t.Services {
+		renderService(rs, t, &t.Services[i])
+	}
+	for _, c := range baseChains() {
+		rs.addChain(c)
+	}
+	renderSource(rs, t, n)
+	return rs
+}
+
+func tableKeys(t *balancer.Table) (keys []balancer.TargetKey) {
+	for i := range t.Pools {
+		for j := range t.Pools[i].Destinations {
+			keys = append(keys, balancer.TargetKey{Group: t.Pools[i].Name, AddrPort: t.Pools[i].Destinations[j].AddrPort()})
+		}
+	}
+	return keys
+}
+
+// --- the skeleton: what does not depend on the table ---------------------------
+
+func baseChains() []*Chain {
+	nat := func(name string, hook uint32, priority int32, rules ...Rule) *Chain {
+		return &Chain{Name: name, Base: &Base{Type: "nat", Hook: hook, Priority: priority}, Rules: rules}
+	}
+	filter := func(name string, hook uint32, rules ...Rule) *Chain {
+		return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityFilter}, Rules: rules}
+	}
+	toDispatch := rule(func(b *ruleBuilder) { b.jump(chainDispatch) })
+	return []*Chain{
+		nat("prerouting", unix.NF_INET_PRE_ROUTING, priorityDNAT, toDispatch),
+		nat("output", unix.NF_INET_LOCAL_OUT, priorityDNAT,
+			rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.ProbeMark); b.returns() }), toDispatch),
+		nat("postrouting", unix.NF_INET_POST_ROUTING, prioritySNAT, eachFamily(func(b *ruleBuilder, f *family) {
+			b.originalDestInSet(f, vipsName(f))
+			b.jump(chainSource + f.name)
+		})...),
+		filter("input", unix.NF_INET_LOCAL_IN, eachFamily(func(b *ruleBuilder, f *family) {
+			b.destInSet(f, vipsName(f))
+			b.jump(chainGuard)
+		})...),
+		filter("forward", unix.NF_INET_FORWARD, forwardRules()...),
+		filter("redirects", unix.NF_INET_LOCAL_OUT, redirectRule()),
+		{Name: chainDispatch, Rules: dispatchRules()},
+		{Name: chainUnwanted, Rules: unwantedRules()},
+		{Name: chainGuard, Rules: guardRules()},
+	}
+}
+
+func eachFamily(fill func(*ruleBuilder, *family)) (rules []Rule) {
+	for _, f := range families {
+		rules = append(rules, rule(func(b *ruleBuilder) { fill(b, f) }))
+	}
+	return rules
+}
+
+// dispatchRules find the listener in one lookup, however many there are. What is
+// for a VIP and no listener's is unwanted.
+func dispatchRules() []Rule {
+	toListener := eachFamily(func(b *ruleBuilder, f *family) {
+		b.family(f)
+		b.loadDest(f, 0)
+		b.loadMeta(unix.NFT_META_L4PROTO, reg(f.addrRegs))
+		b.loadDestPort(reg(f.addrRegs + 1))
+		b.say("%s daddr . meta l4proto . th dport", f.ip)
+		b.vmap("services"+f.name, 0)
+	})
+	return append(toListener, eachFamily(func(b *ruleBuilder, f *family) {
+		b.destInSet(f, vipsName(f))
+		b.goTo(chainUnwanted)
+	})...)
+}
+
+// unwantedRules drop a new flow silently, as NLB does. ICMP is left to the
+// guard, which knows its types.
+func unwantedRules() []Rule {
+	return []Rule{
+		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMP); b.returns() }),
+		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMPV6); b.returns() }),
+		rule(func(b *ruleBuilder) { b.dropAs(counterUnwanted) }),
+	}
+}
+
+// guardRules decide what of a VIP's traffic the host itself may see: replies to
+// flows that began here, errors about flows it knows, echo requests and
+// neighbour discovery (ICMPv6 types 133 to 137, RFC 4861). Nothing else, even if
+// a socket listens.
+func guardRules() []Rule {
+	return []Rule{
+		rule(func(b *ruleBuilder) { b.ctReply(); b.returns() }),
+		rule(func(b *ruleBuilder) { b.ctState(ctRelated, "related"); b.returns() }),
+		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMP); b.icmpTypes("icmp", 8, 8); b.returns() }),
+		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMPV6); b.icmpTypes("icmpv6", 128, 128); b.returns() }),
+		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMPV6); b.icmpTypes("icmpv6", 133, 137); b.returns() }),
+		rule(func(b *ruleBuilder) { b.dropAs(counterUnwanted) }),
+	}
+}
+
+// forwardRules keep packets that belong to no flow from passing un-NATed: to a
+// VIP, from a target without a connection (a late retransmit after the flow is
+// forgotten), and a target's answer that would be taken for a new flow, which
+// would take the place of the real one. Established flows end at the first rule.
+func forwardRules() []Rule {
+	rules := []Rule{rule(func(b *ruleBuilder) { b.ctState(ctEstablished|ctRelated, "established,related"); b.accept() })}
+	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
+		b.destInSet(f, vipsName(f))
+		b.dropAs(counterUnwanted)
+	})...)
+	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
+		b.ctState(ctInvalid, "invalid")
+		b.sourceServiceInSet(f, "targets"+f.name)
+		b.dropAs(counterInvalid)
+	})...)
+	return append(rules, eachFamily(func(b *ruleBuilder, f *family) {
+		b.ctState(ctNew, "new")
+		b.l4proto(unix.IPPROTO_TCP)
+		b.tcpNotSYN()
+		b.sourceServiceInSet(f, "targets"+f.name)
+		b.dropAs(counterInvalid)
+	})...)
+}
+
+// redirectRule keeps this host from telling a target on its own segment that a
+// client there can be reached directly: its answers would go past us, un-NATed.
+// For IPv4 a sysctl does that, for IPv6 there is none.
+func redirectRule() Rule {
+	return rule(func(b *ruleBuilder) {
+		b.l4proto(unix.IPPROTO_ICMPV6)
+		b.icmpTypes("icmpv6", 137, 137)
+		b.destInSet(ip6, hosts6)
+		b.drop()
+	})
+}
+
+// --- sets that list the table ----------------------------------------------------
+
+func vipsName(f *family) string { return "vips" + f.name }
+
+func vipSet(t *balancer.Table, f *family) *Set {
+	s := &Set{Name: vipsName(f), kind: vipKinds[f]}
+	for _, a := range t.VIPs {
+		if familyOf(a) == f {
+			s.Elems = append(s.Elems, Elem{Key: string(a.AsSlice())})
+		}
+	}
+	return s.sort()
+}
+
+const hosts6 = "hosts6"
+
+// hostsSet lists the targets' IPv6 addresses.
+func hostsSet(t *balancer.Table) *Set {
+	s := &Set{Name: hosts6, kind: vipKinds[ip6]}
+	for i := range t.Pools {
+		for _, d := range t.Pools[i].Destinations {
+			if familyOf(d.Address) == ip6 {
+				s.Elems = append(s.Elems, Elem{Key: string(d.Address.AsSlice())})
+			}
+		}
+	}
+	s.sort()
+	s.Elems = slices.Compact(s.Elems)
+	return s
+}
+
+func serviceKey(a netip.AddrPort, proto uint8) string {
+	b := append(a.Addr().AsSlice(), proto, 0, 0, 0)
+	return string(append(binary.BigEndian.AppendUint16(b, a.Port()), 0, 0))
+}
+
+func servicesMap(t *balancer.Table, f *family) *Set {
+	s := &Set{Name: "services" + f.name, kind: serviceKinds[f]}
+	for _, svc := range t.Services {
+		if familyOf(svc.Address) != f {
+			continue
+		}
+		for _, p := range svc.Protocols {
+			s.Elems = append(s.Elems, Elem{Key: serviceKey(netip.AddrPortFrom(svc.Address, svc.Port), p), Goto: serviceChain(svc.Name)})
+		}
+	}
+	return s.sort()
+}
+
+// targetsSet lists where the targets answer from, for the forward chain.
+func targetsSet(t *balancer.Table, f *family) *Set {
+	s := &Set{Name: "targets" + f.name, kind: targetsKinds[f]}
+	for i := range t.Pools {
+		for j := range t.Pools[i].Destinations {
+			d := &t.Pools[i].Destinations[j]
+			if familyOf(d.Address) != f {
+				continue
+			}
+			for _, p := range []uint8{balancer.ProtoTCP, balancer.ProtoUDP} {
+				s.Elems = append(s.Elems, Elem{Key: serviceKey(d.AddrPort(), p)})
+			}
+		}
+	}
+	s.sort()
+	s.Elems = slices.Compact(s.Elems)
+	return s
+}
+
+// --- listeners ---------------------------------------------------------------------
+
+func serviceChain(name string) string { return "listener." + name }
+
+func poolChain(pool string, f *family) string { return "group" + f.name + "." + pool }
+
+func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService) {
+	f := familyOf(svc.Address)
+	c := &Chain{Name: serviceChain(svc.Name)}
+	rs.addChain(c)
+	if !allowsAll(svc.Allow) {
+		s := &Set{Name: "allow." + svc.Name, kind: prefixKinds[f], Elems: prefixElems(aggregate(svc.Allow))}
+		rs.addSet(s)
+		c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
+			b.sourceInSet(f, s.Name, true)
+			b.dropAs(counterNotAllowed)
+		}))
+	}
+	if slices.Contains(svc.Protocols, balancer.ProtoTCP) {
+		seconds := uint32(svc.IdleTimeout.Seconds())
+		o := &Object{Name: fmt.Sprintf("idle_%ds", seconds), Type: objectCTTimeout, Established: seconds}
+		rs.addObject(o)
+		c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
+			b.l4proto(balancer.ProtoTCP)
+			b.ctTimeout(o.Name)
+		}))
+	}
+	c.Rules = append(c.Rules, poolRule(rs, t, svc, f))
+}
+
+// poolRule goes to the listener's group, chosen by weight if there are several.
+func poolRule(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, f *family) Rule {
+	share := &Set{Name: "share." + svc.Name, kind: shareKind}
+	var total uint32
+	for _, p := range svc.Pools {
+		if p.Weight == 0 {
+			continue
+		}
+		if total > 0 {
+			share.Elems = append(share.Elems, Elem{Key: bigKey(total), End: true})
+		}
+		share.Elems = append(share.Elems, Elem{Key: bigKey(total), Goto: poolChain(p.Pool, f)})
+		total += uint32(p.Weight)
+	}
+	switch len(share.Elems) {
+	case 0:
+		return rule(func(b *ruleBuilder) { b.dropAs(counterNoTarget) })
+	case 1:
+		return rule(func(b *ruleBuilder) { b.goTo(share.Elems[0].Goto) })
+	}
+	share.Elems = append(share.Elems, Elem{Key: bigKey(total), End: true})
+	rs.addSet(share.sort())
+	return rule(func(b *ruleBuilder) {
+		b.family(f)
+		b.jhash(f, svc.Sticky, total, maglev.Seed(t.Key, "group"))
+		b.toNetworkOrder()
+		b.vmap(share.Name, 0)
+	})
+}
+
+func bigKey(v uint32) string { return string(binary.BigEndian.AppendUint32(nil, v)) }
+
+func allowsAll(allow []netip.Prefix) bool {
+	return slices.ContainsFunc(allow, func(p netip.Prefix) bool { return p.Bits() == 0 })
+}
+
+// aggregate sorts prefixes and leaves out those that lie within another.
+func aggregate(prefixes []netip.Prefix) []netip.Prefix {
+	sorted := slices.Clone(prefixes)
+	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Masked().Addr().Compare(b.Masked().Addr()), a.Bits()-b.Bits())
+	})
+	var out []netip.Prefix
+	for _, p := range sorted {
+		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
+}
+
+// --- groups and targets --------------------------------------------------------------
+
+// A renderedPool is a pool and what became of it.
+type renderedPool struct {
+	pool    balancer.Pool
+	numbers []uint16
+	key     balancer.HashKey
+	base    int
+	chains  []*Chain
+	sets    []*Set
+	objects []*Object
+}
+
+func (r *renderer) renderPools(rs *Ruleset, t *balancer.Table, n *numbers) {
+	kept := make(map[string]*renderedPool, len(t.Pools))
+	base := slotBase(t)
+	for i := range t.Pools {
+		p := &t.Pools[i]
+		nums := make([]uint16, len(p.Destinations))
+		for j := range p.Destinations {
+			nums[j] = n.byKey[balancer.TargetKey{Group: p.Name, AddrPort: p.Destinations[j].AddrPort()}]
+		}
+		old := r.pools[p.Name]
+		if old == nil || old.key != t.Key || old.base != base || !slices.Equal(old.numbers, nums) || !reflect.DeepEqual(old.pool, *p) {
+			old = renderPool(p, nums, t.Key, base)
+		}
+		kept[p.Name] = old
+		for _, c := range old.chains {
+			rs.addChain(c)
+		}
+		for _, s := range old.sets {
+			rs.addSet(s)
+		}
+		for _, o := range old.objects {
+			rs.addObject(o)
+		}
+	}
+	r.pools = kept
+}
+
+// slotBudget bounds the slots of all groups together while they have the usual
+// number of targets. The kernel takes about 104 bytes for a slot: 52 MiB.
+const slotBudget = 1 << 19
+
+// slotBase is the finest base of the hash that the budget allows: the more slots
+// a group has, the fewer flows move that need not (see package maglev). It
+// depends on the number of groups alone, so that balancers agree.
+func slotBase(t *balancer.Table) int {
+	const finest, coarsest = 1 << 14, 1 << 10
+	base := finest
+	for base > coarsest && base*len(t.Pools) > slotBudget {
+		base /= 4
+	}
+	return base
+}
+
+func renderPool(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int) *renderedPool {
+	out := &renderedPool{pool: *p, numbers: nums, key: key, base: base}
+	for _, f := range families {
+		out.renderFamily(f)
+	}
+	return out
+}
+
+// renderFamily writes the group's chain, its slots and its targets, for one
+// family. A family without destinations has a chain that drops, since a
+// listener may name the group all the same.
+func (r *renderedPool) renderFamily(f *family) {
+	p := &r.pool
+	var mine []int
+	for i := range p.Destinations {
+		if familyOf(p.Destinations[i].Address) == f {
+			mine = append(mine, i)
+		}
+	}
+	group := &Chain{Name: poolChain(p.Name, f)}
+	r.chains = append(r.chains, group)
+	drop := rule(func(b *ruleBuilder) { b.dropAs(counterNoTarget) })
+	defer func() { group.Rules = append(group.Rules, drop) }()
+	if len(mine) == 0 {
+		return
+	}
+
+	entries := make([]maglev.Entry, len(mine))
+	for i, d := range mine {
+		entries[i] = maglev.Entry{Name: p.Destinations[d].AddrPort().String(), Weight: p.Destinations[d].Weight}
+	}
+	size := maglev.Size(r.base, len(mine))
+	slots := maglev.Build(r.key, r.base, size, entries)
+	group.Rules = append(group.Rules, r.choose(f, mine, "slots", slots, size, "targets", targetChainName))
+
+	// elsewhere has the targets whose own clients can be sent to another.
+	elsewhere := map[int]bool{}
+	second := ""
+	if p.ClientIP == balancer.Preserve && p.AvoidSelf {
+		second = "second" + f.name + "." + p.Name
+		others := maglev.Second(slots, func(a, b int) bool {
+			return !overlap(p.Destinations[mine[a]].Domain, p.Destinations[mine[b]].Domain)
+		})
+		for i, other := range others {
+			elsewhere[mine[slots[i]]] = other >= 0
+		}
+		r.chains = append(r.chains, &Chain{Name: second, Rules: []Rule{
+			r.choose(f, mine, "second", others, size, "others", sendChainName), drop,
+		}})
+	}
+	for _, d := range mine {
+		r.renderTarget(f, d, second, elsewhere[d])
+	}
+}
+
+// choose writes the two maps that lead from a hash to a target's chain, slot to
+// number and number to chain, and the rule that reads them. Two, because the
+// kernel follows each verdict of a map when it checks a transaction for loops:
+// a thousand slots a group would make every change wait for that. From one map
+// to the next the number goes through the mark, since nft 1.0.6 dies of an
+// assertion when it lists a rule that looks up what it has looked up.
+func (r *renderedPool) choose(f *family, mine []int, slotsWord string, slots []int32, size int, verdictWord string, chain func(uint16, string) string) Rule {
+	pool := r.pool.Name
+	numbers := r.addSlots(fmt.Sprintf("%s%s.%s.%d", slotsWord, f.name, pool, size), size, slots, mine)
+	verdicts := &Set{Name: verdictWord + f.name + "." + pool, kind: targetKind}
+	for _, d := range mine {
+		verdicts.Elems = append(verdicts.Elems, Elem{Key: string(native32(markOf(r.numbers[d], 0))), Goto: chain(r.numbers[d], pool)})
+	}
+	r.sets = append(r.sets, verdicts.sort())
+	return rule(func(b *ruleBuilder) {
+		b.say("ct mark set")
+		b.family(f)
+		b.jhash(f, r.pool.Sticky, uint32(size), maglev.Seed(r.key, "target"))
+		b.lookup(numbers, 0, reg(0).number())
+		b.ctMarkMerge()
+		b.say("map @%s << %d", numbers, markShift)
+		b.loadCT(unix.NFT_CT_MARK, 0)
+		b.bitwise(0, native32(markTarget), native32(0))
+		b.say("ct mark & 0x%08x", markTarget)
+		b.vmap(verdicts.Name, 0)
+	})
+}
+
+// addSlots adds a map from slot to target number. Its name has its size in it,
+// since a map cannot change its size.
+func (r *renderedPool) addSlots(name string, size int, slots []int32, mine []int) string {
+	s := &Set{Name: name, kind: slotKind, Size: uint32(size), Slots: make([]uint32, size)}
+	for i := range s.Slots {
+		s.Slots[i] = noSlot
+		if i < len(slots) && slots[i] >= 0 {
+			s.Slots[i] = uint32(r.numbers[mine[slots[i]]])
+		}
+	}
+	r.sets = append(r.sets, s)
+	return name
+}
+
+func overlap(a, b []netip.Prefix) bool {
+	return slices.ContainsFunc(a, func(p netip.Prefix) bool { return slices.ContainsFunc(b, p.Overlaps) })
+}
+
+// renderTarget writes the chain of a chosen target: what happens to a client on
+// the target's own host, and to all others.
+func (r *renderedPool) renderTarget(f *family, at int, second string, elsewhere bool) {
+	p, d, num := &r.pool, &r.pool.Destinations[at], r.numbers[at]
+	c := &Chain{
+		Name:    targetChainName(num, p.Name),
+		Comment: targetChainComment(balancer.TargetKey{Group: p.Name, AddrPort: d.AddrPort()}),
+	}
+	flows := &Object{Name: c.Name, Type: objectCounter}
+	r.chains = append(r.chains, c)
+	r.objects = append(r.objects, flows)
+
+	send := func(b *ruleBuilder, flags uint32) {
+		if flags != 0 {
+			b.ctMarkSet(flags, flags)
+		}
+		b.counter(flows.Name)
+		b.dnat(f, d.AddrPort())
+	}
+	c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
+		r.matchDomain(b, f, c.Name, d.Domain)
+		switch {
+		case p.ClientIP != balancer.Preserve, p.AvoidSelf && !elsewhere:
+			b.counter(counterHairpinned)
+			send(b, markSNAT|markHairpin)
+		case p.AvoidSelf:
+			b.goTo(second)
+		default:
+			b.dropAs(counterHairpin)
+		}
+	}))
+	flags := uint32(0)
+	if p.ClientIP == balancer.SNAT {
+		flags = markSNAT
+	}
+	plain := rule(func(b *ruleBuilder) { b.family(f); send(b, flags) })
+	if second != "" {
+		// A second choice comes past the check of the first, or the chains
+		// would form a loop, which the kernel refuses.
+		name := sendChainName(num, p.Name)
+		r.chains = append(r.chains, &Chain{Name: name, Rules: []Rule{plain}})
+		plain = rule(func(b *ruleBuilder) { b.goTo(name) })
+	}
+	c.Rules = append(c.Rules, plain)
+}
+
+// matchDomain matches clients on the target's host: mostly the target alone,
+// else a set of its own.
+func (r *renderedPool) matchDomain(b *ruleBuilder, f *family, chain string, domain []netip.Prefix) {
+	var own []netip.Prefix
+	for _, p := range domain {
+		if familyOf(p.Addr()) == f {
+			own = append(own, p)
+		}
+	}
+	own = aggregate(own)
+	if len(own) == 1 {
+		b.family(f)
+		b.sourceIs(f, own[0])
+		return
+	}
+	s := &Set{Name: "hairpin." + chain, kind: prefixKinds[f], Elems: prefixElems(own)}
+	r.sets = append(r.sets, s)
+	b.sourceInSet(f, s.Name, false)
+}
+
+// --- source addresses -----------------------------------------------------------------
+
+// renderSource writes the chains that give a flow a source of ours, if the
+// choice said so, or if it comes from this host under a VIP, which would be a
+// stranger at a target that holds the VIP itself.
+func renderSource(rs *Ruleset, t *balancer.Table, n *numbers) {
+	for _, f := range families {
+		to := sourceRules(rs, t, n, f)
+		take := "take" + f.name
+		rs.addChain(&Chain{Name: take, Rules: append(to, rule(func(b *ruleBuilder) { b.dropAs(counterNoSource) }))})
+		rs.addChain(&Chain{Name: chainSource + f.name, Rules: []Rule{
+			rule(func(b *ruleBuilder) { b.ctMarkHas(markSNAT); b.goTo(take) }),
+			rule(func(b *ruleBuilder) { b.sourceInSet(f, vipsName(f), false); b.goTo(take) }),
+		}})
+	}
+}
+
+// sourceRules draw from the pool by a hash of the flow, or take the address that
+// leads to the target.
+func sourceRules(rs *Ruleset, t *balancer.Table, n *numbers, f *family) []Rule {
+	var pool []netip.Addr
+	for _, a := range t.Sources {
+		if familyOf(a) == f {
+			pool = append(pool, a)
+		}
+	}
+	s := &Set{Name: "sources" + f.name, kind: sourceKinds[f]}
+	const from = reg(4)
+	switch len(pool) {
+	case 1:
+		return []Rule{rule(func(b *ruleBuilder) {
+			b.family(f)
+			b.immediate(from, pool[0].AsSlice())
+			b.snatTo(f, from)
+			b.say("snat %s to %s", f.ip, pool[0])
+		})}
+	case 0:
+		s.Elems = targetSources(t, n, f)
+	default:
+		for i, a := range pool {
+			s.Elems = append(s.Elems, Elem{Key: string(native32(uint32(i))), Data: string(a.AsSlice())})
+		}
+	}
+	rs.addSet(s.sort())
+	return []Rule{rule(func(b *ruleBuilder) {
+		b.family(f)
+		b.say("snat %s to", f.ip)
+		if len(pool) > 0 {
+			b.jhash(f, false, uint32(len(pool)), maglev.Seed(t.Key, "source"))
+		} else {
+			b.loadCT(unix.NFT_CT_MARK, 0)
+			b.bitwise(0, native32(markTarget), native32(0))
+			b.say("ct mark & 0x%08x", markTarget)
+		}
+		b.lookup(s.Name, 0, from.number())
+		b.snatTo(f, from)
+		b.say("map @%s", s.Name)
+	})}
+}
+
+func targetSources(t *balancer.Table, n *numbers, f *family) (elems []Elem) {
+	for i := range t.Pools {
+		for j := range t.Pools[i].Destinations {
+			d := &t.Pools[i].Destinations[j]
+			if familyOf(d.Address) != f || !d.Source.IsValid() {
+				continue
+			}
+			num := n.byKey[balancer.TargetKey{Group: t.Pools[i].Name, AddrPort: d.AddrPort()}]
+			elems = append(elems, Elem{Key: string(native32(markOf(num, 0))), Data: string(d.Source.AsSlice())})
+		}
+	}
+	return elems
+}

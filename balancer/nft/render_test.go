@@ -1,0 +1,205 @@
+package nft
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"nlb/balancer"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), got); diff != "" {
+		t.Errorf("%s (-want +got), -update writes it:\n%s", name, diff)
+	}
+}
+
+func renderAfresh(t *testing.T, table *balancer.Table) *Ruleset {
+	t.Helper()
+	n, err := newNumbers().assign(tableKeys(table))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return new(renderer).render(table, n)
+}
+
+// withoutSlots leaves out what has a line for each slot.
+func withoutSlots(r *Ruleset) *Ruleset {
+	short := newRuleset()
+	short.Chains, short.Objects = r.Chains, r.Objects
+	for name, s := range r.Sets {
+		if s.Slots == nil {
+			short.Sets[name] = s
+		}
+	}
+	return short
+}
+
+func TestRenderEverything(t *testing.T) {
+	golden(t, "everything.nft", withoutSlots(renderAfresh(t, everything())).String())
+}
+
+func TestRenderNothing(t *testing.T) {
+	golden(t, "nothing.nft", renderAfresh(t, &balancer.Table{}).String())
+}
+
+// What changes when the operator's wish does: each a transaction in nft's words.
+func TestDiff(t *testing.T) {
+	edits := map[string]func(*balancer.Table){
+		"add-listener": func(b *balancer.Table) {
+			s := b.Services[0]
+			s.Name, s.Port = "more", 8000
+			b.Services = append(b.Services, s)
+		},
+		"remove-listener": func(b *balancer.Table) { b.Services = b.Services[1:] },
+		"allow-others":    func(b *balancer.Table) { b.Services[2].Allow = prefixes("203.0.113.0/24") },
+		"idle-timeout":    func(b *balancer.Table) { b.Services[0].IdleTimeout *= 2 },
+		"change-mode":     func(b *balancer.Table) { b.Pools[3].ClientIP = balancer.SNAT },
+		"one-source":      func(b *balancer.Table) { b.Sources = b.Sources[:1] },
+		"remove-vip":      func(b *balancer.Table) { b.VIPs = b.VIPs[:2]; b.Services = append(b.Services[:1:1], b.Services[2:]...) },
+		"group-weights":   func(b *balancer.Table) { b.Services[3].Pools[0].Weight = 50 },
+		"remove-colocated": func(b *balancer.Table) {
+			d := append([]balancer.Destination(nil), b.Pools[2].Destinations...)
+			d[0] = dest("10.0.1.11", 8080, 1)
+			b.Pools[2].Destinations = d
+		},
+	}
+	for name, edit := range edits {
+		t.Run(name, func(t *testing.T) {
+			before, after := everything(), everything()
+			edit(after)
+			n, err := newNumbers().assign(tableKeys(before))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var r renderer
+			have := r.render(before, n)
+			n, err = n.assign(tableKeys(after))
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := &Plan{steps: diff(have, r.render(after, n))}
+			golden(t, name+".plan", strings.Join(p.Lines(), "\n")+"\n")
+		})
+	}
+}
+
+func TestDiffOfSameIsEmpty(t *testing.T) {
+	if steps := diff(renderAfresh(t, everything()), renderAfresh(t, everything())); len(steps) > 0 {
+		t.Errorf("%d steps from a ruleset to itself", len(steps))
+	}
+}
+
+// One target's weight touches elements, and nothing else.
+func TestWeightTouchesElementsOnly(t *testing.T) {
+	table := everything()
+	n, err := newNumbers().assign(tableKeys(table))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r renderer
+	have := r.render(table, n)
+	after := everything()
+	after.Pools[3].Destinations = append([]balancer.Destination(nil), after.Pools[3].Destinations...)
+	after.Pools[3].Destinations[1].Weight = 0
+	for _, line := range (&Plan{steps: diff(have, r.render(after, n))}).Lines() {
+		if !strings.HasPrefix(line, "add element inet nlb slots4.preserve.") && !strings.HasPrefix(line, "delete element inet nlb slots4.preserve.") {
+			t.Errorf("unexpected: %s", line)
+		}
+	}
+}
+
+func TestPrefixElems(t *testing.T) {
+	tests := []struct {
+		in   []string
+		want string
+	}{
+		{nil, ""},
+		{[]string{"10.0.0.0/8"}, "10.0.0.0/8"},
+		{[]string{"10.0.0.1/32", "10.0.0.2/32"}, "10.0.0.1-10.0.0.2"},
+		{[]string{"10.0.0.0/8", "10.1.0.0/16"}, "10.0.0.0/8"},
+		{[]string{"0.0.0.0/8", "255.0.0.0/8"}, "0.0.0.0/8, 255.0.0.0/8"},
+		{[]string{"128.0.0.0/1"}, "128.0.0.0/1"},
+	}
+	for _, tt := range tests {
+		s := &Set{kind: prefixKinds[ip4], Elems: prefixElems(aggregate(prefixes(tt.in...)))}
+		if got := strings.Join(s.elemTexts(s.Elems), ", "); got != tt.want {
+			t.Errorf("%q: got %q, want %q", tt.in, got, tt.want)
+		}
+	}
+}
+
+func TestNumbersAreKeptAndReusedLate(t *testing.T) {
+	key := func(i byte) balancer.TargetKey {
+		return balancer.TargetKey{Group: "web", AddrPort: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 1, i}), 8080)}
+	}
+	n := newNumbers()
+	assign := func(keys ...balancer.TargetKey) {
+		var err error
+		if n, err = n.assign(keys); err != nil {
+			t.Fatal(err)
+		}
+	}
+	assign(key(1), key(2), key(3))
+	assign(key(3), key(1))
+	assign(key(4), key(3), key(2))
+	want := map[balancer.TargetKey]uint16{key(3): 3, key(4): 4, key(2): 5}
+	if diff := cmp.Diff(want, n.byKey, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+		t.Error(diff)
+	}
+	n.last = maxTargets
+	assign(key(3), key(9))
+	if n.byKey[key(9)] != 1 {
+		t.Errorf("after the last number came %d", n.byKey[key(9)])
+	}
+}
+
+func TestTargetChainIsItsIdentity(t *testing.T) {
+	for _, k := range []balancer.TargetKey{
+		{Group: "web", AddrPort: netip.MustParseAddrPort("10.0.1.11:8080")},
+		{Group: "a-1", AddrPort: netip.MustParseAddrPort("[2001:db8::1]:53")},
+	} {
+		num, got, ok := parseTargetChain(&Chain{Name: targetChainName(7, k.Group), Comment: targetChainComment(k)})
+		if !ok || num != 7 || got != k {
+			t.Errorf("%v became %d %v %v", k, num, got, ok)
+		}
+	}
+	for _, c := range []Chain{{Name: "t7.web"}, {Name: "take4"}, {Name: "t0.web", Comment: "web 10.0.0.1:1"}, {Name: "t7.web", Comment: "db 10.0.0.1:1"}} {
+		if _, _, ok := parseTargetChain(&c); ok {
+			t.Errorf("%v passes for a target", c)
+		}
+	}
+}
+
+// Whatever bytes come, the readers neither panic nor hang.
+func FuzzWire(f *testing.F) {
+	var a attrs
+	a.nest(1, func(a *attrs) { a.str(1, "x"); a.u32(2, 7) })
+	f.Add([]byte(a))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		walk(b, func(m message) bool { m.errno(); find(m.body, 1); return true })
+		holds(b, b)
+		holdsList(b, b)
+		parseComment(b)
+		(&Set{kind: slotKind, Slots: make([]uint32, 4)}).addParsed(b)
+		parseSet(find(b, 1))
+	})
+}
