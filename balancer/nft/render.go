@@ -363,7 +363,7 @@ type renderedPool struct {
 
 func (r *renderer) renderPools(rs *Ruleset, t *balancer.Table, n *numbers) {
 	kept := make(map[string]*renderedPool, len(t.Pools))
-	base := slotBase(t)
+	base := maglev.BaseFor(len(t.Pools))
 	for i := range t.Pools {
 		p := &t.Pools[i]
 		nums := make([]uint16, len(p.Destinations))
@@ -386,22 +386,6 @@ func (r *renderer) renderPools(rs *Ruleset, t *balancer.Table, n *numbers) {
 		}
 	}
 	r.pools = kept
-}
-
-// slotBudget bounds the slots of all groups together while they have the usual
-// number of targets. The kernel takes about 104 bytes for a slot: 52 MiB.
-const slotBudget = 1 << 19
-
-// slotBase is the finest base of the hash that the budget allows: the more slots
-// a group has, the fewer flows move that need not (see package maglev). It
-// depends on the number of groups alone, so that balancers agree.
-func slotBase(t *balancer.Table) int {
-	const finest, coarsest = 1 << 14, 1 << 10
-	base := finest
-	for base > coarsest && base*len(t.Pools) > slotBudget {
-		base /= 4
-	}
-	return base
 }
 
 func renderPool(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int) *renderedPool {

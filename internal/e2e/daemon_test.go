@@ -1,0 +1,456 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"nlb/balancer"
+	"nlb/balancer/control"
+	"nlb/bench/lab"
+)
+
+// limit bounds every wait of the tests. Nothing they wait for takes that long.
+const limit = 20 * time.Second
+
+// program is the nlb under test.
+var program string
+
+func TestMain(m *testing.M) {
+	lab.MaybeRunAgent()
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "nlb-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	if program, err = build(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+// build makes nlb, or finds the one that NLB_BINARY names.
+func build(dir string) (string, error) {
+	if named := os.Getenv("NLB_BINARY"); named != "" {
+		// Tests run in their package's folder, the name is meant from the module's.
+		if !filepath.IsAbs(named) {
+			named = filepath.Join("..", "..", named)
+		}
+		return filepath.Abs(named)
+	}
+	path := filepath.Join(dir, "nlb")
+	out, err := exec.Command("go", "build", "-race", "-o", path, "nlb/cmd/nlb").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("build nlb: %w\n%s", err, out)
+	}
+	return path, nil
+}
+
+// soon bounds a test's waiting.
+func soon(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// eventually waits until check succeeds, and fails the test with its last error
+// if that takes too long.
+func eventually(t *testing.T, what string, check func() error) {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	expired := time.After(limit)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-expired:
+			t.Fatalf("%s: not within %v: %v", what, limit, err)
+		}
+	}
+}
+
+// A daemon is nlb serve on a node, with a configuration file, a state folder and
+// a socket of its own. It survives its process: kill or stop, then start.
+type daemon struct {
+	t      *testing.T
+	node   *lab.Node
+	dir    string
+	config string
+	socket string
+	log    *logBuffer
+	client *control.Client
+
+	cmd  *exec.Cmd     // the process; nil when none runs
+	done chan struct{} // closed when cmd has ended
+	err  error         // what Wait said; valid when done is closed
+}
+
+// start runs nlb serve in the topology's balancer and returns when it has
+// converged. The test's end stops it, and fails the test if that goes wrong.
+func start(t *testing.T, top *lab.Topology, config string) *daemon {
+	t.Helper()
+	// Not t.TempDir, which is too long for a socket's name (unix(7): 108 bytes).
+	dir, err := os.MkdirTemp("", "nlb-e2e-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	d := &daemon{
+		t: t, node: top.LB, dir: dir, log: &logBuffer{},
+		config: filepath.Join(dir, "nlb.yaml"), socket: filepath.Join(dir, "nlb.sock"),
+	}
+	d.client = control.NewClient(d.socket)
+	d.write(config)
+	t.Cleanup(d.end)
+	d.start()
+	return d
+}
+
+// start runs the process, again if it was killed or stopped, and waits until it
+// has converged.
+func (d *daemon) start() {
+	d.t.Helper()
+	d.launch()
+	eventually(d.t, "converge", func() error {
+		select {
+		case <-d.done:
+			d.t.Fatalf("nlb serve ended: %v\n%s", d.err, d.log)
+		default:
+		}
+		s, err := d.client.Status(soon(d.t))
+		switch {
+		case err != nil:
+			return err
+		case s.Apply.Error != "":
+			return errors.New(s.Apply.Error)
+		case s.Apply.ConvergedAt.IsZero():
+			return errors.New("never converged")
+		}
+		return nil
+	})
+}
+
+// launch runs the process and does not wait for anything.
+func (d *daemon) launch() {
+	d.t.Helper()
+	d.cmd = d.command("serve", "-c", d.config, "--state-dir", filepath.Join(d.dir, "state"), "--log-level", "debug")
+	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
+	if err := d.cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	d.done = make(chan struct{})
+	go func() {
+		d.err = d.cmd.Wait()
+		close(d.done)
+	}()
+}
+
+// command is nlb on the balancer's node, with the daemon's socket if the
+// subcommand has one, and without the caller's own settings.
+func (d *daemon) command(args ...string) *exec.Cmd {
+	switch args[0] {
+	case "serve", "reload", "status", "plan", "clear":
+		args = append(args, "--socket", d.socket)
+	}
+	cmd := d.node.Command(context.Background(), program, args...)
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "NLB_") })
+	return cmd
+}
+
+// An output is what a command left behind.
+type output struct {
+	stdout, stderr string
+	code           int
+}
+
+// run runs nlb with a subcommand and its arguments, other than --socket.
+func (d *daemon) run(args ...string) output {
+	d.t.Helper()
+	cmd := d.command(args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		d.t.Fatalf("nlb %v: %v", args, err)
+	}
+	return output{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
+}
+
+// write replaces the configuration file.
+func (d *daemon) write(config string) {
+	d.t.Helper()
+	if err := os.WriteFile(d.config, []byte(config), 0o600); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// reload replaces the configuration file and runs nlb reload.
+func (d *daemon) reload(config string) error {
+	d.t.Helper()
+	d.write(config)
+	if out := d.run("reload"); out.code != 0 {
+		return fmt.Errorf("nlb reload: exit %d: %s", out.code, strings.TrimSpace(out.stderr))
+	}
+	return nil
+}
+
+// kill ends the process as a crash does.
+func (d *daemon) kill() {
+	d.t.Helper()
+	if d.cmd == nil {
+		d.t.Fatal("no daemon runs")
+	}
+	_ = d.cmd.Process.Kill()
+	d.await()
+}
+
+// stop ends the process with SIGTERM.
+func (d *daemon) stop() {
+	d.t.Helper()
+	if d.cmd == nil {
+		d.t.Fatal("no daemon runs")
+	}
+	_ = d.cmd.Process.Signal(os.Interrupt)
+	if d.await(); d.err != nil {
+		d.t.Errorf("nlb serve: %v\n%s", d.err, d.log)
+	}
+}
+
+// await waits for the process's end, and helps after a while.
+func (d *daemon) await() {
+	d.t.Helper()
+	select {
+	case <-d.done:
+	case <-time.After(limit):
+		_ = d.cmd.Process.Kill()
+		<-d.done
+		d.t.Errorf("nlb serve did not end within %v", limit)
+	}
+	d.cmd = nil
+}
+
+// end is the daemon's part of the test's end.
+func (d *daemon) end() {
+	if d.t.Failed() {
+		d.t.Log(d.dump())
+	}
+	if d.cmd != nil {
+		d.stop()
+	}
+	if log := d.log.String(); strings.Contains(log, "DATA RACE") {
+		d.t.Errorf("the race detector found a race:\n%s", log)
+	}
+}
+
+// dump is the state that a failure is to be understood from.
+func (d *daemon) dump() string {
+	var b strings.Builder
+	for _, c := range []string{
+		"nft -a list ruleset", "conntrack -L", "conntrack -L -f ipv6", "ip address", "ip route", "ip -6 route", "nstat -az",
+	} {
+		text, err := d.tool(strings.Fields(c)...)
+		if err != nil {
+			text = err.Error()
+		}
+		fmt.Fprintf(&b, "--- %s\n%s\n", c, abridge(text))
+	}
+	text, _ := os.ReadFile(d.config)
+	fmt.Fprintf(&b, "--- configuration\n%s\n--- log\n%s\n", text, d.log)
+	return b.String()
+}
+
+// abridge leaves out the lines of maps' elements and of counters that are zero,
+// of which there are thousands.
+func abridge(text string) string {
+	const longest, most = 300, 400
+	var kept []string
+	for line := range strings.Lines(text) {
+		line = strings.TrimRight(line, "\n")
+		if f := strings.Fields(line); len(f) == 3 && f[1] == "0" && strings.HasPrefix(f[2], "0.") {
+			continue // nstat
+		}
+		if strings.HasSuffix(line, ",") && strings.Count(line, " : ") > 0 && len(kept) > 0 && strings.HasSuffix(kept[len(kept)-1], ",") {
+			continue // further elements
+		}
+		if len(line) > longest {
+			line = line[:longest] + " ..."
+		}
+		kept = append(kept, line)
+	}
+	if len(kept) > most {
+		kept = append(kept[:most], "...")
+	}
+	return strings.Join(kept, "\n")
+}
+
+// tool runs another program on the balancer's node and returns its output.
+func (d *daemon) tool(argv ...string) (string, error) {
+	return tool(d.t, d.node, argv...)
+}
+
+// tool runs a program on a node and returns its standard output.
+func tool(t *testing.T, n *lab.Node, argv ...string) (string, error) {
+	t.Helper()
+	// Cleanup functions, where t.Context has ended, use it too.
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	cmd := n.Command(ctx, argv[0], argv[1:]...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("%s: %v: %w: %s", n.Name, argv, err, strings.TrimSpace(stderr.String()))
+	}
+	return stdout.String(), nil
+}
+
+// must runs a program on a node that has to succeed.
+func must(t *testing.T, n *lab.Node, argv ...string) string {
+	t.Helper()
+	out, err := tool(t, n, argv...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// status is what the daemon says of itself.
+func (d *daemon) status() *control.Status {
+	d.t.Helper()
+	s, err := d.client.Status(soon(d.t))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return s
+}
+
+// group is the status of one target group.
+func (d *daemon) group(name string) control.TargetGroup {
+	d.t.Helper()
+	groups := d.status().TargetGroups
+	i := slices.IndexFunc(groups, func(g control.TargetGroup) bool { return g.Name == name })
+	if i < 0 {
+		d.t.Fatalf("no target group %q in %v", name, groups)
+	}
+	return groups[i]
+}
+
+// waitHealthy waits until a group has exactly n healthy targets and the kernel
+// sends to them alone.
+func (d *daemon) waitHealthy(group string, n int) {
+	d.t.Helper()
+	eventually(d.t, fmt.Sprintf("%d healthy in %s", n, group), func() error {
+		healthy, strangers := 0, 0
+		g := d.group(group)
+		for _, t := range g.Targets {
+			switch {
+			case t.State == balancer.Healthy:
+				healthy++
+			case t.EffectiveWeight > 0 && !g.FailOpen:
+				strangers++
+			}
+		}
+		if healthy != n || strangers > 0 {
+			return fmt.Errorf("%+v", g.Targets)
+		}
+		return nil
+	})
+}
+
+// waitAllHealthy waits for every target of every group.
+func (d *daemon) waitAllHealthy() {
+	d.t.Helper()
+	for _, g := range d.status().TargetGroups {
+		d.waitHealthy(g.Name, len(g.Targets))
+	}
+}
+
+// A logBuffer collects what a process prints.
+type logBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer // guarded by mu
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// made closes a new topology with the test.
+func made(t *testing.T, build func(lab.Options) (*lab.Topology, error), o lab.Options) *lab.Topology {
+	t.Helper()
+	top, err := build(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := top.Close(); err != nil {
+			t.Errorf("close the lab: %v", err)
+		}
+	})
+	return top
+}
+
+func routed(t *testing.T, o lab.Options) *lab.Topology {
+	t.Helper()
+	return made(t, lab.Routed, o)
+}
+
+// serveTargets makes every target listen on the ports, for TCP and UDP.
+func serveTargets(t *testing.T, top *lab.Topology, ports ...uint16) {
+	t.Helper()
+	for _, n := range top.Targets {
+		serveOn(t, n, lab.Serve{Ports: ports})
+	}
+}
+
+func serveOn(t *testing.T, n *lab.Node, o lab.Serve) *lab.Listeners {
+	t.Helper()
+	l, err := n.Agent().Serve(soon(t), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// call makes calls from a node and counts what came of them.
+func call(t *testing.T, n *lab.Node, c lab.Call) lab.Tally {
+	t.Helper()
+	return lab.Count(replies(t, n, c))
+}
+
+func replies(t *testing.T, n *lab.Node, c lab.Call) []lab.Reply {
+	t.Helper()
+	all, err := n.Agent().Call(soon(t), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
