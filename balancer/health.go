@@ -33,6 +33,7 @@ const (
 	ReasonResponseCodeMismatch     = "Target.ResponseCodeMismatch"
 	ReasonDeregistrationInProgress = "Target.DeregistrationInProgress"
 	ReasonNotInUse                 = "Target.NotInUse"
+	ReasonNotRegistered            = "Target.NotRegistered"
 )
 
 // Health is what is known of a target. The zero value says nothing was
@@ -47,3 +48,6 @@ type Health struct {
 // A HealthView has what the health checks found, by target. A target that is
 // not in it is Initial.
 type HealthView map[TargetKey]Health
+
+// Drains has the targets that were deregistered at run time, and when.
+type Drains map[TargetKey]time.Time

@@ -126,6 +126,17 @@ func (s *Spec) Group(name string) *TargetGroup {
 	return nil
 }
 
+// GroupsInUse says to which target groups listeners forward.
+func (s *Spec) GroupsInUse() map[string]bool {
+	used := make(map[string]bool, len(s.TargetGroups))
+	for _, l := range s.Listeners {
+		for _, f := range l.Forward {
+			used[f.TargetGroup] = true
+		}
+	}
+	return used
+}
+
 // HasVIP reports whether a is one of the VIPs.
 func (s *Spec) HasVIP(a netip.Addr) bool {
 	for _, v := range s.VIPs {

@@ -1,0 +1,234 @@
+package conntrack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// eventBuffer takes the ends of some 20,000 flows, at about 800 bytes each as
+// the kernel charges them: a second of them while a large dump is being read.
+const eventBuffer = 16 << 20
+
+// eventBatch is how many events are taken in before others get at the ledger.
+const eventBatch = 64
+
+// A listener is a socket that gets the end of every flow of ours.
+type listener struct {
+	file  *os.File
+	raw   syscall.RawConn
+	buf   []byte
+	drops uint64 // events the kernel had dropped when it was last asked
+}
+
+// listen opens a listener. The kernel drops events of other people's flows
+// before they take room in it.
+func listen(mask uint32, buffer int) (*listener, error) {
+	fd, err := open(unix.SOCK_NONBLOCK)
+	if err != nil {
+		return nil, err
+	}
+	file := os.NewFile(uintptr(fd), "conntrack events")
+	setReceiveBuffer(fd, buffer)
+	raw, err := file.SyscallConn()
+	if err == nil {
+		err = subscribe(fd, mask)
+	}
+	if err != nil {
+		_ = file.Close()
+		return nil, err
+	}
+	return &listener{file: file, raw: raw, buf: make([]byte, 16<<10)}, nil
+}
+
+// subscribe attaches the filter first: none of the events that come is a
+// stranger's.
+func subscribe(fd int, mask uint32) error {
+	filter := onlyMarked(mask)
+	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &prog); err != nil {
+		return fmt.Errorf("filter conntrack events: %w", err)
+	}
+	err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_CONNTRACK_DESTROY)
+	if err != nil {
+		return fmt.Errorf("subscribe to conntrack events: %w", err)
+	}
+	return nil
+}
+
+// onlyMarked is a filter (bpf(4) in the BSDs, linux/filter.h) that passes
+// messages whose CTA_MARK has a bit of mask. The kernel leaves the attribute
+// out when the mark is 0.
+func onlyMarked(mask uint32) []unix.SockFilter {
+	// A load from here searches, from offset A, for an attribute of type X.
+	// Its offset goes to A; 0 says there is none.
+	const findAttribute = 0x100000000 - 0x1000 + 12 // SKF_AD_OFF + SKF_AD_NLATTR
+	return []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_IMM, K: nlHeader + nfHeader},
+		{Code: unix.BPF_LDX | unix.BPF_IMM, K: ctaMark},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: findAttribute},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jt: 3},
+		{Code: unix.BPF_MISC | unix.BPF_TAX},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_IND, K: unix.SizeofNlAttr},
+		{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: mask, Jt: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0xffffffff},
+	}
+}
+
+// lost returns how many events were dropped since the last call.
+func (l *listener) lost(fd int) uint64 {
+	var info [unix.SK_MEMINFO_DROPS + 1]uint32
+	size := uint32(unsafe.Sizeof(info))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_MEMINFO,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	now := uint64(info[unix.SK_MEMINFO_DROPS])
+	if errno != 0 || now == l.drops {
+		// The kernel had no memory for an event, and dropped it before it got
+		// to a socket.
+		return 1
+	}
+	n := now - l.drops
+	l.drops = now
+	return n
+}
+
+// Run listens for the ends of flows until ctx ends, which is no error. Ready
+// tells when it does; flows that begin before it may not be heard when they
+// end. It starts no goroutine, and may be called again when it has returned.
+func (t *Tracker) Run(ctx context.Context) error {
+	l, err := listen(t.mask, eventBuffer)
+	if err != nil {
+		return fmt.Errorf("conntrack: %w", err)
+	}
+	defer func() { _ = l.file.Close() }()
+	if err := t.attach(l); err != nil {
+		return err
+	}
+	defer t.detach()
+	// A deadline in the past ends the wait that is under way.
+	defer context.AfterFunc(ctx, func() { _ = l.file.SetReadDeadline(time.Unix(1, 0)) })()
+
+	if err := t.hear(ctx, l); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("conntrack: %w", err)
+	}
+	return nil
+}
+
+// Ready is closed once Run listens and knows the flows that were there before.
+func (t *Tracker) Ready() <-chan struct{} { return t.ready }
+
+func (t *Tracker) attach(l *listener) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.events != nil {
+		return errors.New("conntrack: the tracker runs already")
+	}
+	t.events = l
+	return nil
+}
+
+func (t *Tracker) detach() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.events = nil
+}
+
+func (t *Tracker) hear(ctx context.Context, l *listener) error {
+	// A dump that is older than the subscription would miss the flows that
+	// came in between, so it is not reused.
+	if err := t.baseline(ctx); err != nil {
+		return err
+	}
+	t.readyOnce.Do(func() { close(t.ready) })
+
+	var failed error
+	err := l.raw.Read(func(fd uintptr) bool {
+		more := true
+		for more && failed == nil {
+			t.mu.Lock()
+			more, failed = t.take(int(fd), eventBatch)
+			t.mu.Unlock()
+		}
+		return failed != nil
+	})
+	return errors.Join(failed, err)
+}
+
+func (t *Tracker) baseline(ctx context.Context) error {
+	select {
+	case t.dumping <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-t.dumping }()
+	return t.survey(ctx)
+}
+
+// drain takes all events in that were sent so far. The caller holds mu.
+func (t *Tracker) drain() error {
+	if t.events == nil {
+		return nil
+	}
+	var failed error
+	err := t.events.raw.Control(func(fd uintptr) {
+		more := true
+		for more && failed == nil {
+			more, failed = t.take(int(fd), eventBatch)
+		}
+	})
+	return errors.Join(failed, err)
+}
+
+// take takes in up to n events, and reports whether there may be more. The
+// caller holds mu.
+func (t *Tracker) take(fd, n int) (more bool, err error) {
+	for range n {
+		size, err := unix.Read(fd, t.events.buf)
+		switch {
+		case err == unix.EAGAIN:
+			return false, nil
+		case err == unix.EINTR:
+			continue
+		case err == unix.ENOBUFS:
+			t.overrun(fd)
+			continue
+		case err != nil:
+			return false, fmt.Errorf("read conntrack events: %w", err)
+		}
+		t.note(t.events.buf[:size])
+	}
+	return true, nil
+}
+
+// note enters the events of one datagram into the ledger.
+func (t *Tracker) note(b []byte) {
+	var r record
+	for m, rest, ok := nextMessage(b); ok; m, rest, ok = nextMessage(rest) {
+		if m.typ != msgDelete || r.parse(m) != nil {
+			continue
+		}
+		if key := r.mark & t.mask; key != 0 {
+			t.ledger.end(key, &r)
+		}
+	}
+}
+
+// overrun counts events that were lost. There is nothing to repair: the next
+// dump finds the flows gone.
+func (t *Tracker) overrun(fd int) {
+	n := t.events.lost(fd)
+	t.stats.LostEvents += n
+	if !t.warned {
+		t.warned = true
+		t.log.Warn("conntrack events were lost: the bytes that those flows carried at last are not counted",
+			zap.Uint64("lost", n), zap.Uint64("lost_total", t.stats.LostEvents))
+	}
+}

@@ -1,0 +1,118 @@
+package conntrack
+
+import (
+	"context"
+	"fmt"
+	"slices"
+)
+
+// A Filter chooses flows of ours by their mark: those whose mark under Mask is
+// Mark. The zero Filter chooses all.
+type Filter struct{ Mark, Mask uint32 }
+
+// Flows lists the flows of ours that filter chooses, in no order. One that
+// begins or ends meanwhile may be in it or not.
+func (t *Tracker) Flows(ctx context.Context, filter Filter) ([]Flow, error) {
+	var pages [][]Flow
+	seen := map[flowID]struct{}{}
+	err := t.ours(ctx, markFilter{filter.Mark, filter.Mask}, func() {
+		pages = nil
+		clear(seen)
+	}, func(r *record) error {
+		id := r.flowID()
+		if _, again := seen[id]; again {
+			return nil
+		}
+		seen[id] = struct{}{}
+		// One slice that grows would be copied several times over.
+		if n := len(pages); n == 0 || len(pages[n-1]) == flowsPage {
+			pages = append(pages, make([]Flow, 0, flowsPage))
+		}
+		last := &pages[len(pages)-1]
+		*last = append(*last, r.flow())
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return slices.Concat(pages...), nil
+}
+
+// flowsPage is how many flows are gathered at a time: some 50 KiB.
+const flowsPage = 256
+
+// ours is dump for flows of ours that do not end already. It checks the
+// kernel's filter, for old kernels know none.
+func (t *Tracker) ours(ctx context.Context, filter markFilter, begin func(), f func(*record) error) error {
+	return t.dump(ctx, filter, begin, func(r *record) error {
+		if r.mark&t.mask == 0 || r.mark&filter.mask != filter.value || Status(r.status).dying() {
+			return nil
+		}
+		return f(r)
+	})
+}
+
+// Terminate ends all flows whose mark under mask is mark, with a single call of
+// the kernel, and returns how many it had counted just before. The key, mark
+// under the tracker's Mask, must not be 0: those are other people's flows.
+//
+// A packet of such a flow that comes later begins a new one, unless the
+// dataplane refuses it. What the kernel does with a TCP segment in the middle
+// of a connection is net.netfilter.nf_conntrack_tcp_loose.
+func (t *Tracker) Terminate(ctx context.Context, mark, mask uint32) (n int, err error) {
+	if mark&mask != mark || mark&t.mask == 0 {
+		return 0, fmt.Errorf("conntrack: mark %#x/%#x does not name flows of ours", mark, mask)
+	}
+	filter := markFilter{mark, mask}
+	seen := map[flowID]struct{}{}
+	err = t.ours(ctx, filter, func() { clear(seen) }, func(r *record) error {
+		seen[r.flowID()] = struct{}{}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	c, err := dial()
+	if err != nil {
+		return 0, err
+	}
+	defer c.close()
+	if err := c.flush(ctx, filter); err != nil {
+		return 0, err
+	}
+	return len(seen), nil
+}
+
+// removeBatch is how many flows one send ends: few enough that each may fail
+// and the answers still fit the socket's buffer.
+const removeBatch = 1000
+
+// DeleteFunc ends each flow of ours that doomed chooses, and returns how many.
+// Flows that ended by themselves meanwhile are not counted and no error; nor is
+// a new flow between the same ports ended in their place. doomed may be asked
+// twice about a flow. After an error some flows may have been ended.
+func (t *Tracker) DeleteFunc(ctx context.Context, doomed func(Flow) bool) (n int, err error) {
+	var names []flowName
+	err = t.ours(ctx, markFilter{}, func() { names = nil }, func(r *record) error {
+		if doomed(r.flow()) {
+			names = append(names, r.name())
+		}
+		return nil
+	})
+	if err != nil || len(names) == 0 {
+		return 0, err
+	}
+	c, err := dial()
+	if err != nil {
+		return 0, err
+	}
+	defer c.close()
+	for len(names) > 0 && err == nil {
+		batch := names[:min(removeBatch, len(names))]
+		names = names[len(batch):]
+		removed := 0
+		removed, err = c.remove(ctx, batch)
+		n += removed
+	}
+	return n, err
+}

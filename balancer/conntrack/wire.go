@@ -1,0 +1,347 @@
+package conntrack
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// The parts of linux/netfilter/nfnetlink_conntrack.h that we use.
+const (
+	msgGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1 // IPCTNL_MSG_CT_GET
+	msgDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
+
+	ctaTupleOrig     = 1
+	ctaTupleReply    = 2
+	ctaStatus        = 3
+	ctaProtoinfo     = 4
+	ctaTimeout       = 7
+	ctaMark          = 8
+	ctaCountersOrig  = 9
+	ctaCountersReply = 10
+	ctaID            = 12
+	ctaZone          = 18
+	ctaMarkMask      = 21
+
+	ctaTupleIP    = 1
+	ctaTupleProto = 2
+
+	ctaIPv4Src = 1
+	ctaIPv4Dst = 2
+	ctaIPv6Src = 3
+	ctaIPv6Dst = 4
+
+	ctaProtoNum     = 1
+	ctaProtoSrcPort = 2
+	ctaProtoDstPort = 3
+
+	ctaCountersPackets = 1
+	ctaCountersBytes   = 2
+
+	ctaProtoinfoTCP      = 1
+	ctaProtoinfoTCPState = 1
+
+	nested = unix.NLA_F_NESTED
+)
+
+const (
+	nlHeader = 16 // struct nlmsghdr
+	nfHeader = 4  // struct nfgenmsg
+)
+
+// attr is one netlink attribute as read; typ has its flag bits removed.
+type attr struct {
+	typ  uint16
+	data []byte
+}
+
+const attrTypeMask = ^uint16(unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+
+// next cuts the first attribute off b. ok is false at the end, where rest is
+// empty, and on garbage, where it is not.
+func next(b []byte) (a attr, rest []byte, ok bool) {
+	if len(b) < unix.SizeofNlAttr {
+		return attr{}, b, false
+	}
+	n := int(binary.NativeEndian.Uint16(b))
+	if n < unix.SizeofNlAttr || n > len(b) {
+		return attr{}, b, false
+	}
+	typ := binary.NativeEndian.Uint16(b[2:]) & attrTypeMask
+	return attr{typ, b[unix.SizeofNlAttr:n]}, b[min((n+3)&^3, len(b)):], true
+}
+
+// attrs is an append-only writer of attributes: a header of length and type in
+// host order, a payload, padding to 4 bytes.
+type attrs []byte
+
+func (b *attrs) put(typ uint16, payload []byte) {
+	*b = binary.NativeEndian.AppendUint16(*b, uint16(unix.SizeofNlAttr+len(payload)))
+	*b = binary.NativeEndian.AppendUint16(*b, typ)
+	*b = append(*b, payload...)
+	for len(*b)%4 != 0 {
+		*b = append(*b, 0)
+	}
+}
+
+// u32 writes in network order, as all of ctnetlink's numbers are.
+func (b *attrs) u32(typ uint16, v uint32) {
+	var n [4]byte
+	binary.BigEndian.PutUint32(n[:], v)
+	b.put(typ, n[:])
+}
+
+// appendMessage appends one ctnetlink message.
+func appendMessage(b []byte, typ, flags uint16, seq uint32, family uint8, body []byte) []byte {
+	b = binary.NativeEndian.AppendUint32(b, uint32(nlHeader+nfHeader+len(body)))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST|flags)
+	b = binary.NativeEndian.AppendUint32(b, seq)
+	b = binary.NativeEndian.AppendUint32(b, 0) // port: the kernel's business
+	b = append(b, family, unix.NFNETLINK_V0, 0, 0)
+	return append(b, body...)
+}
+
+// A message is one netlink message as read.
+type message struct {
+	typ, flags uint16
+	seq        uint32
+	family     uint8
+	raw        []byte // after nlmsghdr
+	body       []byte // after nfgenmsg
+}
+
+// errno is the error in an NLMSG_ERROR or NLMSG_DONE message, 0 for none.
+func (m message) errno() unix.Errno {
+	if len(m.raw) < 4 {
+		return unix.EBADMSG
+	}
+	return unix.Errno(-int32(binary.NativeEndian.Uint32(m.raw)))
+}
+
+// nextMessage cuts the first message off a datagram. ok is false at the end and
+// on garbage.
+func nextMessage(b []byte) (m message, rest []byte, ok bool) {
+	if len(b) < nlHeader {
+		return message{}, nil, false
+	}
+	n := uint64(binary.NativeEndian.Uint32(b))
+	if n < nlHeader || n > uint64(len(b)) {
+		return message{}, nil, false
+	}
+	m = message{
+		typ: binary.NativeEndian.Uint16(b[4:]), flags: binary.NativeEndian.Uint16(b[6:]),
+		seq: binary.NativeEndian.Uint32(b[8:]), raw: b[nlHeader:n],
+	}
+	if len(m.raw) >= nfHeader {
+		m.family, m.body = m.raw[0], m.raw[nfHeader:]
+	}
+	return m, b[min((n+3)&^3, uint64(len(b))):], true
+}
+
+const (
+	// The kernel fills at most 32 KiB of a dump into one datagram, and that
+	// much only for readers that have shown the room for it (netlink_dump).
+	datagram = 64 << 10
+	// A batch of refused requests brings an answer for each of them, which
+	// the kernel charges with 768 bytes or more.
+	answerBuffer = 4 << 20
+	// The kernel answers within the request. This is for the case that an
+	// answer was lost.
+	answerTimeout = 5 // seconds
+)
+
+// A conn asks questions. It lives for one operation, so that nothing is left in
+// it of one that was given up, and belongs to one goroutine.
+type conn struct {
+	fd  int
+	seq uint32
+	buf []byte
+}
+
+func dial() (*conn, error) {
+	fd, err := open(0)
+	if err != nil {
+		return nil, err
+	}
+	setReceiveBuffer(fd, answerBuffer)
+	// Errors come without a copy of the message that they are about.
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1)
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: answerTimeout}); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("limit the wait on a netlink socket: %w", err)
+	}
+	return &conn{fd: fd, buf: make([]byte, datagram)}, nil
+}
+
+func open(flags int) (fd int, err error) {
+	fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|flags, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return 0, fmt.Errorf("open netlink socket: %w", err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		unix.Close(fd)
+		return 0, fmt.Errorf("bind netlink socket: %w", err)
+	}
+	return fd, nil
+}
+
+// setReceiveBuffer asks for more than rmem_max, which needs CAP_NET_ADMIN in
+// the initial user namespace, and takes what it gets otherwise.
+func setReceiveBuffer(fd, bytes int) {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, bytes) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bytes)
+	}
+}
+
+func (c *conn) close() { unix.Close(c.fd) }
+
+func (c *conn) send(b []byte) error {
+	err := retryEINTR(func() error {
+		return unix.Sendto(c.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+	})
+	if err != nil {
+		return fmt.Errorf("ask ctnetlink: %w", err)
+	}
+	return nil
+}
+
+// recv reads one datagram. It has no address: only the kernel and holders of
+// CAP_NET_ADMIN can send to a socket of this family.
+func (c *conn) recv() (b []byte, err error) {
+	n := 0
+	err = retryEINTR(func() error { n, err = unix.Read(c.fd, c.buf); return err })
+	switch {
+	case err == unix.EAGAIN:
+		return nil, errors.New("ctnetlink does not answer")
+	case err != nil:
+		return nil, fmt.Errorf("read from ctnetlink: %w", err)
+	}
+	return c.buf[:n], nil
+}
+
+func retryEINTR(f func() error) error {
+	for {
+		if err := f(); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// answers calls f for each answer to the request that was sent last, until one
+// of them ends the conversation or f says so. An answer that ends it with an
+// error is that error.
+func (c *conn) answers(ctx context.Context, f func(message) (done bool, err error)) error {
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		b, err := c.recv()
+		if err != nil {
+			return err
+		}
+		for m, rest, ok := nextMessage(b); ok; m, rest, ok = nextMessage(rest) {
+			done, err := f(m)
+			if done || err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// A markFilter matches flows whose mark, under mask, is value. The zero one
+// matches all flows.
+type markFilter struct{ value, mask uint32 }
+
+func (f markFilter) attrs() attrs {
+	var a attrs
+	if f.mask != 0 {
+		a.u32(ctaMark, f.value)
+		a.u32(ctaMarkMask, f.mask)
+	}
+	return a
+}
+
+var errInterrupted = errors.New("the table changed during the dump")
+
+// dump calls f for each flow that filter matches. Now and then the kernel shows
+// one twice, and a flow that comes or goes meanwhile may be shown or not.
+func (c *conn) dump(ctx context.Context, filter markFilter, f func(*record) error) error {
+	c.seq++
+	err := c.send(appendMessage(nil, msgGet, unix.NLM_F_DUMP, c.seq, unix.AF_UNSPEC, filter.attrs()))
+	if err != nil {
+		return err
+	}
+	var r record
+	return c.answers(ctx, func(m message) (bool, error) {
+		if m.flags&unix.NLM_F_DUMP_INTR != 0 {
+			return true, errInterrupted
+		}
+		switch m.typ {
+		case unix.NLMSG_DONE, unix.NLMSG_ERROR:
+			if errno := m.errno(); errno != 0 {
+				return true, fmt.Errorf("dump conntrack table: %w", errno)
+			}
+			return true, nil
+		}
+		if err := r.parse(m); err != nil {
+			return true, err
+		}
+		return false, f(&r)
+	})
+}
+
+// flush ends all flows that filter matches.
+func (c *conn) flush(ctx context.Context, filter markFilter) error {
+	c.seq++
+	err := c.send(appendMessage(nil, msgDelete, unix.NLM_F_ACK, c.seq, unix.AF_UNSPEC, filter.attrs()))
+	if err != nil {
+		return err
+	}
+	return c.answers(ctx, func(m message) (bool, error) {
+		if m.typ != unix.NLMSG_ERROR {
+			return false, nil
+		}
+		if errno := m.errno(); errno != 0 {
+			return true, fmt.Errorf("end flows with mark %#x/%#x: %w", filter.value, filter.mask, errno)
+		}
+		return true, nil
+	})
+}
+
+// remove ends flows one by one, in a single send, and returns how many were
+// still there.
+func (c *conn) remove(ctx context.Context, names []flowName) (int, error) {
+	var b []byte
+	for i, name := range names {
+		flags := uint16(0)
+		if i == len(names)-1 {
+			flags = unix.NLM_F_ACK // the others answer only when they fail
+		}
+		c.seq++
+		b = appendMessage(b, msgDelete, flags, c.seq, name.family, name.attrs)
+	}
+	if err := c.send(b); err != nil {
+		return 0, err
+	}
+	removed := len(names)
+	var failed error
+	err := c.answers(ctx, func(m message) (bool, error) {
+		if m.typ != unix.NLMSG_ERROR {
+			return false, nil
+		}
+		switch errno := m.errno(); errno {
+		case 0:
+		case unix.ENOENT: // it ended by itself
+			removed--
+		default:
+			removed--
+			failed = fmt.Errorf("end a flow: %w", errno)
+		}
+		return m.seq == c.seq, nil
+	})
+	return removed, errors.Join(failed, err)
+}

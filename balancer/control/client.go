@@ -1,0 +1,81 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"syscall"
+)
+
+// ErrNotRunning is wrapped when no daemon answers on the socket.
+var ErrNotRunning = errors.New("no daemon answers")
+
+// What a status of ten thousand targets needs, ten times over.
+const maxAnswer = 64 << 20
+
+// A Client speaks to a daemon.
+type Client struct {
+	socket string
+	http   *http.Client
+}
+
+// NewClient returns a Client of the daemon on the socket at path. It connects
+// when it is asked something, and keeps no connection.
+func NewClient(path string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", path)
+	}
+	return &Client{socket: path, http: &http.Client{
+		Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true},
+	}}
+}
+
+// Status asks what the daemon does.
+func (c *Client) Status(ctx context.Context) (*Status, error) {
+	var status Status
+	if err := c.ask(ctx, http.MethodGet, statusPath, &status); err != nil {
+		return nil, err
+	}
+	return &status, nil
+}
+
+// Reload makes the daemon read its file again and waits for what comes of it.
+func (c *Client) Reload(ctx context.Context) error {
+	return c.ask(ctx, http.MethodPost, reloadPath, &struct{}{})
+}
+
+func (c *Client) ask(ctx context.Context, method, path string, into any) error {
+	req, err := http.NewRequestWithContext(ctx, method, "http://nlb"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("%w on %s: start it with nlb serve, or name its socket with --socket", ErrNotRunning, c.socket)
+	case err != nil:
+		return fmt.Errorf("ask the daemon on %s: %w", c.socket, errors.Unwrap(err)) // without the made-up URL
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return fmt.Errorf("answer of the daemon on %s: %w", c.socket, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		var f failure
+		if json.Unmarshal(body, &f) != nil || f.Error == "" {
+			f.Error = resp.Status
+		}
+		return errors.New(f.Error)
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return fmt.Errorf("answer of the daemon on %s: %w", c.socket, err)
+	}
+	return nil
+}

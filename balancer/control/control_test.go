@@ -1,0 +1,298 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+	"go.uber.org/zap/zaptest"
+
+	"nlb/balancer"
+)
+
+// As this user the test binary asks a socket instead of running tests; see
+// TestOthersMayLookButNotChange.
+const askAs = "NLB_TEST_ASK_SOCKET"
+
+func TestMain(m *testing.M) {
+	if socket := os.Getenv(askAs); socket != "" {
+		os.Exit(ask(socket))
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// ask prints what a status and a reload come to.
+func ask(socket string) int {
+	c := NewClient(socket)
+	_, err := c.Status(context.Background())
+	fmt.Println("status:", err)
+	fmt.Println("reload:", c.Reload(context.Background()))
+	return 0
+}
+
+type fakeDaemon struct {
+	status  *Status
+	refuse  error
+	reloads atomic.Int32
+}
+
+func (d *fakeDaemon) Status(context.Context) (*Status, error) {
+	if d.status == nil {
+		return nil, errors.New("no pass was made yet")
+	}
+	return d.status, nil
+}
+
+func (d *fakeDaemon) Reload(context.Context) error {
+	d.reloads.Add(1)
+	return d.refuse
+}
+
+// serve answers for d on a socket of its own until the test or stop ends it.
+func serve(t *testing.T, d Daemon) (path string, stop func()) {
+	t.Helper()
+	path = filepath.Join(socketDir(t), "made", "nlb.sock")
+	s, err := Listen(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- Serve(ctx, s, d, zaptest.NewLogger(t)) }()
+	stopped := false
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	}
+	t.Cleanup(stop)
+	return path, stop
+}
+
+// socketDir is short, because a socket's path has 107 bytes at most, and open
+// to other users.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "nlb-control-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func TestAskAndAnswer(t *testing.T) {
+	d := &fakeDaemon{status: webStatus()}
+	path, stop := serve(t, d)
+	c := NewClient(path)
+	got, err := c.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, _ := json.Marshal(d.status)
+	if text, _ := json.Marshal(got); string(text) != string(want) {
+		t.Errorf("status %s, want %s", text, want)
+	}
+	if err := c.Reload(t.Context()); err != nil || d.reloads.Load() != 1 {
+		t.Errorf("reload: %v, %d times", err, d.reloads.Load())
+	}
+	d.refuse = errors.New("nlb.yaml:3:5: listeners[0].port: 70000 is not a port (1-65535)")
+	if err := c.Reload(t.Context()); err == nil || err.Error() != d.refuse.Error() {
+		t.Errorf("reload: %v", err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.Mode().Perm() != Mode {
+		t.Errorf("mode %v", info.Mode())
+	}
+	stop()
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left behind: %v", err)
+	}
+	if _, err := c.Status(t.Context()); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("status of nobody: %v", err)
+	}
+}
+
+func TestDaemonErrorsComeAcross(t *testing.T) {
+	path, _ := serve(t, &fakeDaemon{})
+	if _, err := NewClient(path).Status(t.Context()); err == nil || err.Error() != "no pass was made yet" {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestOthersMayLookButNotChange(t *testing.T) {
+	d := &fakeDaemon{status: webStatus()}
+	path, _ := serve(t, d)
+	if err := os.Chmod(path, 0o666); err != nil { // an operator lets everybody in
+		t.Fatal(err)
+	}
+	self, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary := filepath.Join(filepath.Dir(path), "ask")
+	if err := os.WriteFile(binary, self, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const nobody = 65534
+	cmd := exec.CommandContext(t.Context(), binary)
+	cmd.Dir = filepath.Dir(path)
+	cmd.Env = []string{askAs + "=" + path}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	want := fmt.Sprintf("status: <nil>\nreload: user %d may look but not change; ask as root or as user %d\n", nobody, os.Geteuid())
+	if diff := cmp.Diff(want, string(out)); diff != "" {
+		t.Error(diff)
+	}
+	if d.reloads.Load() != 0 {
+		t.Error("it was reloaded")
+	}
+}
+
+func TestOneDaemonPerSocket(t *testing.T) {
+	path, stop := serve(t, &fakeDaemon{})
+	_, err := Listen(t.Context(), path)
+	if !errors.Is(err, ErrHeld) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), fmt.Sprintf("pid %d", os.Getpid())) {
+		t.Errorf("error %v", err)
+	}
+	stop()
+	s, err := Listen(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestStaleSocketIsReplaced(t *testing.T) {
+	path := filepath.Join(socketDir(t), "nlb.sock")
+	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.SetUnlinkOnClose(false) // as a crash
+	if err := dead.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Listen(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWhatIsNotOursStays(t *testing.T) {
+	dir := socketDir(t)
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	alien := filepath.Join(dir, "alien")
+	l, err := net.Listen("unix", alien)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	for path, want := range map[string]string{file: "is not a socket", alien: "another program listens there"} {
+		if _, err := Listen(t.Context(), path); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", path, err)
+		}
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
+		// The lock did not stay behind.
+		lock, err := Acquire(SocketLock(path))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if err := lock.Release(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestStatusText(t *testing.T) {
+	want, err := os.ReadFile("testdata/status.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := json.MarshalIndent(webStatus(), "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(got)+"\n"); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestStatusWithoutCounters(t *testing.T) {
+	s := webSnapshot()
+	status := NewStatus("nftables", s, nil, errors.New("conntrack accounting is off"))
+	target := status.TargetGroups[0].Targets[0]
+	if target.ActiveFlows != nil || target.NewFlowsTotal != nil || target.BytesTotal != nil {
+		t.Error("what nobody counted is not null")
+	}
+	if status.Apply.CountersError != "conntrack accounting is off" {
+		t.Errorf("error %q", status.Apply.CountersError)
+	}
+}
+
+func TestSeen(t *testing.T) {
+	health, drains := webStatus().Seen()
+	key := func(addr string) balancer.TargetKey {
+		return balancer.TargetKey{Group: "web", AddrPort: mustAddrPort(addr)}
+	}
+	wantHealth := balancer.HealthView{
+		key("10.0.1.11:8080"): {State: balancer.Healthy, Since: since},
+		key("10.0.1.12:8080"): {State: balancer.Unhealthy, Reason: balancer.ReasonTimeout,
+			Description: "no answer within 10s", Since: since},
+	}
+	if diff := cmp.Diff(wantHealth, health, cmp.Comparer(func(a, b balancer.TargetKey) bool { return a == b })); diff != "" {
+		t.Error(diff)
+	}
+	if len(drains) != 1 || !drains[key("10.0.1.13:8080")].Equal(since) {
+		t.Errorf("drains %v", drains)
+	}
+}
+
+var since = time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
+
+func webStatus() *Status {
+	return NewStatus("nftables", webSnapshot(), map[balancer.TargetKey]balancer.Counters{
+		{Group: "web", AddrPort: mustAddrPort("10.0.1.11:8080")}: {ActiveFlows: 3, NewFlows: 40, Bytes: 5000},
+	}, nil)
+}

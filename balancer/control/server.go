@@ -1,0 +1,144 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// A Daemon is what the socket is the door of. Both methods are called by many
+// goroutines at once.
+type Daemon interface {
+	Status(ctx context.Context) (*Status, error)
+	// Reload returns when the new configuration is in force, or the reason why
+	// the former one still is.
+	Reload(ctx context.Context) error
+}
+
+// How long answers that are being given may take once the daemon stops.
+const farewell = 2 * time.Second
+
+// Serve answers on s until ctx ends, then closes it and returns nil.
+func Serve(ctx context.Context, s *Socket, d Daemon, log *zap.Logger) error {
+	server := &http.Server{
+		Handler:           handler(d),
+		ReadHeaderTimeout: 5 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          zap.NewStdLog(log),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       withPeer,
+	}
+	stopped := make(chan error, 1)
+	stop := context.AfterFunc(ctx, func() {
+		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
+		defer cancel()
+		err := server.Shutdown(limit)
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = server.Close()
+		}
+		stopped <- err
+	})
+	err := server.Serve(s) // closes s, and with it the file and the lock
+	if stop() {            // ctx is not the cause
+		return fmt.Errorf("control socket: %w", err)
+	}
+	return <-stopped
+}
+
+func handler(d Daemon) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+statusPath, func(w http.ResponseWriter, r *http.Request) {
+		status, err := d.Status(r.Context())
+		if err != nil {
+			answer(w, http.StatusInternalServerError, failure{err.Error()})
+			return
+		}
+		answer(w, http.StatusOK, status)
+	})
+	mux.Handle("POST "+reloadPath, changing(func(w http.ResponseWriter, r *http.Request) {
+		if err := d.Reload(r.Context()); err != nil {
+			answer(w, http.StatusUnprocessableEntity, failure{err.Error()})
+			return
+		}
+		answer(w, http.StatusOK, struct{}{})
+	}))
+	return mux
+}
+
+// changing lets root and the daemon's own user pass.
+func changing(next http.HandlerFunc) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		uid, err := peer(r.Context())
+		switch {
+		case err != nil:
+			answer(w, http.StatusForbidden, failure{"who asks cannot be told: " + err.Error()})
+		case uid != 0 && uid != uint32(os.Geteuid()):
+			answer(w, http.StatusForbidden, failure{fmt.Sprintf("user %d may look but not change; ask as root or as user %d", uid, os.Geteuid())})
+		default:
+			next(w, r)
+		}
+	})
+}
+
+type failure struct {
+	Error string `json:"error"`
+}
+
+func answer(w http.ResponseWriter, code int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(body) // the client is gone: nobody to tell
+}
+
+// A peerKey finds, in a request's context, who is at the other end.
+type peerKey struct{}
+
+type peerResult struct {
+	uid uint32
+	err error
+}
+
+func withPeer(ctx context.Context, c net.Conn) context.Context {
+	uid, err := peerUID(c)
+	return context.WithValue(ctx, peerKey{}, peerResult{uid, err})
+}
+
+func peer(ctx context.Context) (uint32, error) {
+	p, ok := ctx.Value(peerKey{}).(peerResult)
+	if !ok {
+		return 0, errors.New("the request came over no socket")
+	}
+	return p.uid, p.err
+}
+
+// peerUID is the user who connected, as the kernel recorded it at connect(2).
+func peerUID(c net.Conn) (uint32, error) {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return 0, fmt.Errorf("%T is not a Unix socket", c)
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var (
+		cred   *unix.Ucred
+		failed error
+	)
+	err = raw.Control(func(fd uintptr) {
+		cred, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	if err := errors.Join(err, failed); err != nil {
+		return 0, fmt.Errorf("SO_PEERCRED: %w", err)
+	}
+	return cred.Uid, nil
+}

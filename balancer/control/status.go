@@ -1,0 +1,168 @@
+package control
+
+import (
+	"net/netip"
+	"time"
+
+	"nlb/balancer"
+)
+
+// Status is what the daemon says of itself. Fields are added and never renamed
+// or removed.
+type Status struct {
+	Dataplane    string        `json:"dataplane"`
+	Apply        Apply         `json:"apply"`
+	Listeners    []Listener    `json:"listeners"`
+	TargetGroups []TargetGroup `json:"target_groups"`
+}
+
+// Apply says how well the kernel follows.
+type Apply struct {
+	// Generation counts the configurations that were put in force.
+	Generation uint64 `json:"generation"`
+	// Error is why the kernel does not hold the configuration; empty when it does.
+	Error string `json:"error"`
+	// ConvergedAt is when the kernel was last seen to hold it; absent: never.
+	ConvergedAt time.Time `json:"converged_at,omitzero"`
+	// TookSeconds is how long that pass took.
+	TookSeconds float64 `json:"took_seconds"`
+	// Totals since the daemon's start: plans carried out, those of them that
+	// undid a stranger's change, passes that failed.
+	WritesTotal       uint64 `json:"writes_total"`
+	DriftRepairsTotal uint64 `json:"drift_repairs_total"`
+	FailuresTotal     uint64 `json:"failures_total"`
+	// CountersError is why flows and bytes are null; empty when they are not.
+	CountersError string `json:"counters_error,omitempty"`
+}
+
+// Listener is one listener of a Status.
+type Listener struct {
+	Name     string            `json:"name"`
+	VIP      netip.Addr        `json:"vip"`
+	Port     uint16            `json:"port"`
+	Protocol balancer.Protocol `json:"protocol"`
+	Forward  []Forward         `json:"forward"`
+}
+
+// Forward is one choice of a listener.
+type Forward struct {
+	TargetGroup string `json:"target_group"`
+	Weight      int    `json:"weight"`
+}
+
+// TargetGroup is one target group of a Status.
+type TargetGroup struct {
+	Name     string            `json:"name"`
+	Protocol balancer.Protocol `json:"protocol"`
+	ClientIP balancer.ClientIP `json:"client_ip"`
+	FailOpen bool              `json:"fail_open"`
+	Targets  []Target          `json:"targets"`
+}
+
+// Target is one target of a TargetGroup.
+type Target struct {
+	Address netip.Addr `json:"address"`
+	Port    uint16     `json:"port"`
+	// Weight is the configured one, EffectiveWeight the one new flows see.
+	Weight          int            `json:"weight"`
+	EffectiveWeight int            `json:"effective_weight"`
+	State           balancer.State `json:"state"`
+	Reason          string         `json:"reason"`
+	Description     string         `json:"description"`
+	Since           time.Time      `json:"since"`
+	// Null when the dataplane could not say.
+	ActiveFlows   *uint64 `json:"active_flows"`
+	NewFlowsTotal *uint64 `json:"new_flows_total"`
+	BytesTotal    *uint64 `json:"bytes_total"`
+}
+
+// AddrPort is where the target listens.
+func (t Target) AddrPort() netip.AddrPort { return netip.AddrPortFrom(t.Address, t.Port) }
+
+// NewStatus tells a snapshot in the words of a Status. Counted is what the
+// dataplane counted, or nil with the reason why it could not.
+func NewStatus(dataplane string, s *balancer.Snapshot, counted map[balancer.TargetKey]balancer.Counters, uncounted error) *Status {
+	status := &Status{
+		Dataplane: dataplane,
+		Apply: Apply{
+			Generation:        s.Generation,
+			Error:             errorText(s.Err),
+			ConvergedAt:       s.Converged.UTC(),
+			TookSeconds:       s.Took.Seconds(),
+			WritesTotal:       s.Writes,
+			DriftRepairsTotal: s.Repairs,
+			FailuresTotal:     s.Failures,
+			CountersError:     errorText(uncounted),
+		},
+		Listeners:    []Listener{},
+		TargetGroups: []TargetGroup{},
+	}
+	for _, l := range s.Spec.Listeners {
+		status.Listeners = append(status.Listeners, listener(l))
+	}
+	byName := make(map[string]*balancer.TargetGroup, len(s.Spec.TargetGroups))
+	for i := range s.Spec.TargetGroups {
+		byName[s.Spec.TargetGroups[i].Name] = &s.Spec.TargetGroups[i]
+	}
+	for _, g := range s.Groups {
+		status.TargetGroups = append(status.TargetGroups, targetGroup(byName[g.Name], g, counted))
+	}
+	return status
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+func listener(l balancer.Listener) Listener {
+	out := Listener{Name: l.Name, VIP: l.VIP, Port: l.Port, Protocol: l.Protocol, Forward: []Forward{}}
+	for _, f := range l.Forward {
+		out.Forward = append(out.Forward, Forward{TargetGroup: f.TargetGroup, Weight: f.Weight})
+	}
+	return out
+}
+
+func targetGroup(g *balancer.TargetGroup, s balancer.TargetGroupStatus, counted map[balancer.TargetKey]balancer.Counters) TargetGroup {
+	out := TargetGroup{Name: g.Name, Protocol: g.Protocol, ClientIP: g.ClientIP, FailOpen: s.FailOpen, Targets: []Target{}}
+	for _, t := range s.Targets {
+		target := Target{
+			Address:         t.Target.Address,
+			Port:            t.Target.Port,
+			Weight:          t.Target.Weight,
+			EffectiveWeight: t.Share,
+			State:           t.State,
+			Reason:          t.Reason,
+			Description:     t.Description,
+			Since:           t.Since.UTC().Truncate(time.Second),
+		}
+		if counted != nil {
+			c := counted[balancer.TargetKey{Group: g.Name, AddrPort: t.Target.AddrPort()}]
+			target.ActiveFlows, target.NewFlowsTotal, target.BytesTotal = &c.ActiveFlows, &c.NewFlows, &c.Bytes
+		}
+		out.Targets = append(out.Targets, target)
+	}
+	return out
+}
+
+// Seen tells back what the daemon knows of its targets, for another run of the
+// pure step over the same world.
+func (s *Status) Seen() (balancer.HealthView, balancer.Drains) {
+	health, drains := make(balancer.HealthView), make(balancer.Drains)
+	for _, g := range s.TargetGroups {
+		for _, t := range g.Targets {
+			key := balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}
+			switch t.State {
+			case balancer.Draining:
+				drains[key] = t.Since
+			case balancer.Unused:
+				// Says nothing of the target's health.
+			default:
+				health[key] = balancer.Health{State: t.State, Reason: t.Reason, Description: t.Description, Since: t.Since}
+			}
+		}
+	}
+	return health, drains
+}

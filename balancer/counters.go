@@ -1,0 +1,20 @@
+package balancer
+
+import "context"
+
+// Counters are what a dataplane counted for one target. The totals begin when
+// the target was first installed and may begin anew when the dataplane is
+// rebuilt, as Prometheus counters may.
+type Counters struct {
+	// ActiveFlows is how many flows the target has now.
+	ActiveFlows uint64
+	// NewFlows is how many flows were ever sent to the target.
+	NewFlows uint64
+	// Bytes is what those flows carried, in both directions, IP headers included.
+	Bytes uint64
+}
+
+// A Counter tells what was counted. A target without flows may be absent.
+type Counter interface {
+	Counters(ctx context.Context) (map[TargetKey]Counters, error)
+}

@@ -1,0 +1,316 @@
+package balancer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"reflect"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// A loop is the state of a Reconciler's Run and belongs to its goroutine.
+type loop struct {
+	*Reconciler
+
+	spec   *Spec
+	key    HashKey
+	health HealthView
+	drains Drains
+	routes map[netip.Addr]Route // nil before the first look
+
+	held     *Desired // the kernel was last seen to hold it; nil: unknown
+	counts   Snapshot // what is carried from one Snapshot to the next
+	failures int      // passes that failed since the last that did not
+	failing  time.Time
+
+	// When to act next; zero: not for this reason.
+	resyncAt, driftAt, retryAt, changeAt time.Time
+	// No look for drift before this.
+	restUntil time.Time
+}
+
+func (l *loop) run(ctx context.Context) {
+	if l.spec != nil {
+		l.counts.Generation++
+		l.pass(ctx, true)
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for ctx.Err() == nil {
+		timer.Reset(l.untilNext())
+		select {
+		case <-ctx.Done():
+		case req := <-l.requests:
+			l.answer(ctx, req)
+		case <-l.wake:
+			l.receive(ctx, l.takeInbox())
+		case <-timer.C:
+			l.act(ctx)
+		}
+	}
+}
+
+// untilNext is how long the loop may sleep.
+func (l *loop) untilNext() time.Duration {
+	var next time.Time
+	for _, t := range []time.Time{l.resyncAt, l.driftAt, l.retryAt, l.changeAt} {
+		if !t.IsZero() && (next.IsZero() || t.Before(next)) {
+			next = t
+		}
+	}
+	if next.IsZero() {
+		return l.resync
+	}
+	return max(0, time.Until(next))
+}
+
+// act does what is due.
+func (l *loop) act(ctx context.Context) {
+	now := time.Now()
+	due := func(t time.Time) bool { return !t.IsZero() && !now.Before(t) }
+	look := due(l.resyncAt) || due(l.driftAt) || due(l.retryAt)
+	if l.spec != nil && (look || due(l.changeAt)) {
+		l.pass(ctx, look)
+	}
+}
+
+// receive takes in what others told. Health is acted on at once, drift after a
+// pause.
+func (l *loop) receive(ctx context.Context, in inbox) {
+	if in.drift && l.spec != nil && l.driftAt.IsZero() {
+		l.driftAt = time.Now().Add(driftDelay)
+		if l.driftAt.Before(l.restUntil) {
+			l.driftAt = l.restUntil
+		}
+	}
+	if in.drains != nil {
+		l.drains = in.drains
+	}
+	if l.spec == nil || (in.health == nil && in.drains == nil) {
+		return
+	}
+	known := targetKeys(l.spec)
+	for k, h := range in.health {
+		if known[k] {
+			l.health[k] = h
+		}
+	}
+	l.pass(ctx, false)
+}
+
+func targetKeys(spec *Spec) map[TargetKey]bool {
+	keys := make(map[TargetKey]bool)
+	for _, g := range spec.TargetGroups {
+		for _, t := range g.Targets {
+			keys[TargetKey{Group: g.Name, AddrPort: t.AddrPort()}] = true
+		}
+	}
+	return keys
+}
+
+// answer puts another Spec in force, or the former again.
+func (l *loop) answer(ctx context.Context, req request) {
+	if err := req.ctx.Err(); err != nil {
+		req.reply <- err // nobody waits any more
+		return
+	}
+	req.reply <- l.replace(ctx, req.spec)
+}
+
+func (l *loop) replace(ctx context.Context, spec *Spec) error {
+	if errs := Unsupported(spec); errs != nil {
+		return errors.Join(errs...)
+	}
+	if err := l.rehearse(ctx, spec); err != nil {
+		return err // nothing was touched
+	}
+	done := l.converge(ctx, spec, true)
+	if done.err != nil {
+		if l.spec != nil {
+			l.pass(ctx, true)
+		}
+		return done.err
+	}
+	l.spec = spec
+	l.counts.Generation++
+	known := targetKeys(spec)
+	maps.DeleteFunc(l.health, func(k TargetKey, _ Health) bool { return !known[k] })
+	l.settle(done)
+	l.log.Info("configuration is in force", zap.Uint64("generation", l.counts.Generation),
+		zap.Int("listeners", len(spec.Listeners)), zap.Int("target_groups", len(spec.TargetGroups)))
+	return nil
+}
+
+// rehearse finds what can be known to fail without touching anything.
+func (l *loop) rehearse(ctx context.Context, spec *Spec) error {
+	routes, err := l.findRoutes(ctx, spec)
+	if err != nil {
+		return err
+	}
+	seen := l.view()
+	seen.Routes = routes
+	_, err = PlanAll(ctx, l.parts, Forward(spec, seen))
+	return err
+}
+
+// pass makes the kernel hold the Spec in force and records what came of it.
+// With look it asks the host anew for the routes.
+func (l *loop) pass(ctx context.Context, look bool) {
+	done := l.converge(ctx, l.spec, look)
+	if ctx.Err() != nil {
+		return // the stop is the failure
+	}
+	l.settle(done)
+}
+
+// An outcome is what came of one pass.
+type outcome struct {
+	want   *Desired
+	groups []TargetGroupStatus
+	looked bool
+	begun  time.Time
+	err    error
+}
+
+func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
+	done := outcome{looked: look, begun: time.Now()}
+	var lost error
+	if look || l.routes == nil {
+		routes, err := l.findRoutes(ctx, spec)
+		if err == nil {
+			l.routes = routes
+		}
+		lost = err
+	}
+	seen := l.view()
+	done.groups = Targets(spec, seen)
+	done.want = forward(spec, seen, done.groups)
+	if lost != nil && l.routes == nil {
+		done.err = lost
+		return done
+	}
+	// When what is wanted is what was there, a change to be made is one that
+	// somebody else undid.
+	repair := l.held != nil && reflect.DeepEqual(l.held, done.want)
+	l.held = nil
+	err := Converge(ctx, l.parts, done.want, func(p PartPlan) { l.wrote(p, repair) })
+	if err == nil {
+		l.held = done.want
+	}
+	// Yesterday's routes carry today's health, but they are to be found again.
+	done.err = errors.Join(err, lost)
+	return done
+}
+
+func (l *loop) findRoutes(ctx context.Context, spec *Spec) (map[netip.Addr]Route, error) {
+	var targets []netip.Addr
+	for _, g := range spec.TargetGroups {
+		for _, t := range g.Targets {
+			targets = append(targets, t.Address)
+		}
+	}
+	routes, err := l.router.Routes(ctx, sortedSet(targets, netip.Addr.Compare), spec.HasVIP)
+	if err != nil {
+		return nil, fmt.Errorf("find the routes to the targets: %w", err)
+	}
+	if routes == nil {
+		routes = make(map[netip.Addr]Route)
+	}
+	return routes, nil
+}
+
+func (l *loop) view() View {
+	return View{Key: l.key, Health: l.health, Drains: l.drains, Routes: l.routes, Now: time.Now()}
+}
+
+func (l *loop) wrote(p PartPlan, repair bool) {
+	l.counts.Writes++
+	lines := p.Plan.Lines()
+	l.log.Debug("kernel changed", zap.String("part", p.Part), zap.Strings("changes", lines))
+	if repair {
+		l.counts.Repairs++
+		l.log.Warn("drift repaired: somebody else had changed what is ours",
+			zap.String("part", p.Part), zap.Int("changes", len(lines)))
+	}
+}
+
+// settle records a pass over the Spec in force: what to say, what to show and
+// when to look again.
+func (l *loop) settle(done outcome) {
+	now := time.Now()
+	if done.looked {
+		l.driftAt = time.Time{}
+		l.resyncAt = now.Add(l.resync)
+		l.restUntil = now.Add(driftRest * now.Sub(done.begun))
+	}
+	l.changeAt = nextChange(done.groups)
+	if done.err != nil {
+		l.failed(done.err, now)
+	} else {
+		l.succeeded(done, now)
+	}
+	l.counts.Err = done.err
+	l.publish(done, now)
+}
+
+func (l *loop) failed(err error, now time.Time) {
+	if l.failures == 0 {
+		l.failing = now
+		l.log.Error("cannot make the kernel hold the configuration, trying on", zap.Error(err))
+	}
+	l.failures++
+	l.counts.Failures++
+	l.retryAt = now.Add(backOff(l.failures))
+}
+
+func (l *loop) succeeded(done outcome, now time.Time) {
+	if l.failures > 0 {
+		l.log.Info("kernel holds the configuration again",
+			zap.Int("failures", l.failures), zap.Duration("after", now.Sub(l.failing)))
+	}
+	l.failures = 0
+	l.retryAt = time.Time{}
+	l.counts.Converged, l.counts.Took = now, now.Sub(done.begun)
+}
+
+func (l *loop) publish(done outcome, now time.Time) {
+	next := l.counts
+	next.Spec, next.Desired, next.Groups, next.Passed = l.spec, done.want, done.groups, now
+	var before []TargetGroupStatus
+	if s := l.snapshot.Load(); s != nil {
+		before = s.Groups
+	}
+	stamp(before, next.Groups, now)
+	logTransitions(l.log, before, next.Groups)
+	l.snapshot.Store(&next)
+	closeOnce(l.attempted)
+	if next.Err == nil {
+		closeOnce(l.converged)
+	}
+}
+
+// closeOnce is for channels that only the loop closes.
+func closeOnce(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+		close(c)
+	}
+}
+
+// nextChange is when the first state ends by itself, zero if none does.
+func nextChange(groups []TargetGroupStatus) time.Time {
+	var next time.Time
+	for _, g := range groups {
+		for _, t := range g.Targets {
+			if !t.Until.IsZero() && (next.IsZero() || t.Until.Before(next)) {
+				next = t.Until
+			}
+		}
+	}
+	return next
+}

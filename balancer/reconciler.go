@@ -1,0 +1,239 @@
+package balancer
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+const (
+	// DefaultResync is how often the kernel is looked at when nothing says
+	// that it changed.
+	DefaultResync = 10 * time.Second
+
+	// One netlink transaction of a stranger is many notifications: look once
+	// they have ceased to be news.
+	driftDelay = 50 * time.Millisecond
+	// A stranger that never stops must not occupy us: a look is followed by
+	// at least this many times its own duration without another.
+	driftRest = 4
+
+	firstBackOff = 50 * time.Millisecond
+	lastBackOff  = 5 * time.Second
+)
+
+// ErrStopped is returned to those who ask something of a Reconciler whose Run
+// has returned.
+var ErrStopped = errors.New("the reconciler has stopped")
+
+// Options are what a Reconciler works with.
+type Options struct {
+	// Parts are made to hold what they should in this order; see Converge.
+	Parts []Part
+	// Router is watched too if it is a Watcher.
+	Router Router
+	Log    *zap.Logger
+	Key    HashKey
+	// Spec is in force from the start, and is pursued until it holds. Nil
+	// touches nothing before SetSpec.
+	Spec *Spec
+	// Resync is how often the kernel is looked at in any case. 0 means DefaultResync.
+	Resync time.Duration
+}
+
+// A Reconciler makes the kernel hold what a Spec asks for and keeps it so. The
+// goroutine of Run owns the state; every method is safe from any goroutine.
+type Reconciler struct {
+	parts  []Part
+	router Router
+	log    *zap.Logger
+	resync time.Duration
+	start  loop // Run takes it over
+
+	requests  chan request
+	wake      chan struct{} // holds one: there is something in the inbox
+	attempted chan struct{} // closed after the first pass
+	converged chan struct{} // closed after the first pass without an error
+	stopped   chan struct{} // closed when Run returns
+	snapshot  atomic.Pointer[Snapshot]
+
+	mu    sync.Mutex
+	inbox inbox // mu
+}
+
+// An inbox collects what happened since the loop last looked.
+type inbox struct {
+	health map[TargetKey]Health
+	drains Drains // nil: unchanged
+	drift  bool
+}
+
+// A request is a Spec to put in force; reply holds one answer.
+type request struct {
+	ctx   context.Context
+	spec  *Spec
+	reply chan error
+}
+
+// NewReconciler returns a Reconciler that does nothing before Run.
+func NewReconciler(o Options) *Reconciler {
+	if o.Resync == 0 {
+		o.Resync = DefaultResync
+	}
+	return &Reconciler{
+		parts:     o.Parts,
+		router:    o.Router,
+		log:       o.Log,
+		resync:    o.Resync,
+		start:     loop{spec: o.Spec, key: o.Key, health: make(HealthView)},
+		requests:  make(chan request),
+		wake:      make(chan struct{}, 1),
+		attempted: make(chan struct{}),
+		converged: make(chan struct{}),
+		stopped:   make(chan struct{}),
+	}
+}
+
+// Attempted is closed after the first pass, whatever came of it.
+func (r *Reconciler) Attempted() <-chan struct{} { return r.attempted }
+
+// Converged is closed once the kernel was seen to hold what it should.
+func (r *Reconciler) Converged() <-chan struct{} { return r.converged }
+
+// Snapshot returns the state after the latest pass, nil before the first.
+func (r *Reconciler) Snapshot() *Snapshot { return r.snapshot.Load() }
+
+// SetSpec puts spec in force and returns when the kernel holds it. After an
+// error the former Spec is in force again and the kernel was returned to it,
+// or is being returned to it. When ctx ends before the Reconciler began, nothing
+// happens; when it ends later, the answer is lost and the change is not.
+func (r *Reconciler) SetSpec(ctx context.Context, spec *Spec) error {
+	req := request{ctx: ctx, spec: spec, reply: make(chan error, 1)}
+	select {
+	case r.requests <- req:
+	case <-r.stopped:
+		return ErrStopped
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	select {
+	case err := <-req.reply:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// SetHealth records what the health checks found. Targets that the Spec in
+// force does not have are ignored.
+func (r *Reconciler) SetHealth(found map[TargetKey]Health) {
+	r.tell(func(in *inbox) {
+		if in.health == nil {
+			in.health = make(map[TargetKey]Health, len(found))
+		}
+		maps.Copy(in.health, found)
+	})
+}
+
+// SetDrains replaces the targets that are deregistered at run time.
+func (r *Reconciler) SetDrains(drains Drains) {
+	copied := maps.Clone(drains)
+	if copied == nil {
+		copied = Drains{}
+	}
+	r.tell(func(in *inbox) { in.drains = copied })
+}
+
+func (r *Reconciler) drifted() { r.tell(func(in *inbox) { in.drift = true }) }
+
+func (r *Reconciler) tell(write func(*inbox)) {
+	r.mu.Lock()
+	write(&r.inbox)
+	r.mu.Unlock()
+	select {
+	case r.wake <- struct{}{}:
+	default: // a wake-up that nobody took yet covers this one
+	}
+}
+
+func (r *Reconciler) takeInbox() inbox {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	in := r.inbox
+	r.inbox = inbox{}
+	return in
+}
+
+// Run converges until ctx ends, then returns nil and leaves the kernel as it
+// is. It may be called once.
+func (r *Reconciler) Run(ctx context.Context) error {
+	defer close(r.stopped)
+	var watches sync.WaitGroup
+	defer watches.Wait()
+	watch := func(name string, of any) {
+		if w, ok := of.(Watcher); ok {
+			watches.Go(func() { r.watch(ctx, name, w) })
+		}
+	}
+	for _, p := range r.parts {
+		watch(p.Name(), p)
+	}
+	watch("routes", r.router)
+	l := r.start
+	l.Reconciler = r
+	l.run(ctx)
+	return nil
+}
+
+// watch keeps a Part's watch alive. What happened while there was none is
+// found by looking once it is there again.
+func (r *Reconciler) watch(ctx context.Context, part string, w Watcher) {
+	failures := 0
+	for {
+		begun := time.Now()
+		err := w.Watch(ctx, r.drifted)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(begun) > lastBackOff {
+			failures = 0
+		}
+		if failures == 0 {
+			r.log.Warn("watch of the kernel ended, changes by others may go unseen until the resync",
+				zap.String("part", part), zap.Duration("resync", r.resync), zap.Error(err))
+		}
+		failures++
+		if !sleep(ctx, backOff(failures)) {
+			return
+		}
+		r.drifted()
+	}
+}
+
+// backOff is how long to wait after so many failures in a row: doubling, and
+// scattered by a fifth so that hosts which failed together do not return together.
+func backOff(failures int) time.Duration {
+	d := lastBackOff
+	if shift := failures - 1; shift < 7 { // 50 ms << 7 is beyond 5 s
+		d = min(d, firstBackOff<<shift)
+	}
+	return d - rand.N(d/5)
+}
+
+// sleep reports whether it was not cut short.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

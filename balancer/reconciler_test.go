@@ -1,0 +1,366 @@
+package balancer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+func healthy(at time.Time) Health { return Health{State: Healthy, Since: at} }
+
+func unhealthy(at time.Time) Health {
+	return Health{State: Unhealthy, Reason: ReasonTimeout, Description: "no answer within 10s", Since: at}
+}
+
+func TestSpecIsPursuedFromTheStart(t *testing.T) {
+	inBubble(t, webSpec(2), func(t *testing.T, w *world, r *Reconciler) {
+		want := map[string]string{
+			"guard 198.51.100.10":      "on",
+			"address 198.51.100.10":    "lo",
+			"pool web":                 "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=1",
+			"service 198.51.100.10:80": "web",
+		}
+		if diff := cmp.Diff(want, w.dump()); diff != "" {
+			t.Error(diff)
+		}
+		s := r.Snapshot()
+		if s.Err != nil || s.Generation != 1 || s.Writes != 2 || s.Repairs != 0 {
+			t.Errorf("snapshot: error %v, generation %d, %d writes, %d repairs", s.Err, s.Generation, s.Writes, s.Repairs)
+		}
+	})
+}
+
+func TestNothingIsTouchedBeforeASpec(t *testing.T) {
+	inBubble(t, nil, func(t *testing.T, w *world, r *Reconciler) {
+		w.tamper("pool old", "snat", true)
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(time.Now())})
+		time.Sleep(time.Minute)
+		if w.steps != 0 || r.Snapshot() != nil {
+			t.Errorf("%d steps, snapshot %v", w.steps, r.Snapshot())
+		}
+		if err := r.SetSpec(t.Context(), webSpec(1)); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := w.dump()["pool old"]; ok {
+			t.Error("what the Spec does not have is still there")
+		}
+	})
+}
+
+func TestHealthIsRoutedAtOnce(t *testing.T) {
+	inBubble(t, webSpec(2), func(t *testing.T, w *world, r *Reconciler) {
+		now := time.Now()
+		r.SetHealth(map[TargetKey]Health{
+			webKey("10.0.1.11"): healthy(now), webKey("10.0.1.12"): unhealthy(now),
+			webKey("10.0.9.9"): healthy(now), // not a target
+		})
+		synctest.Wait() // the clock stands still meanwhile
+		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0"; got != want {
+			t.Errorf("pool web: %s, want %s", got, want)
+		}
+		if n := len(r.Snapshot().Groups[0].Targets); n != 2 {
+			t.Errorf("%d targets", n)
+		}
+	})
+}
+
+func TestFailOpenIsSaid(t *testing.T) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		r, stop := start(Options{Parts: w.parts(), Spec: webSpec(1), Log: zap.New(core)})
+		defer stop()
+		synctest.Wait()
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): unhealthy(time.Now())})
+		synctest.Wait()
+		if !r.Snapshot().Groups[0].FailOpen {
+			t.Error("not in fail-open")
+		}
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(time.Now())})
+		synctest.Wait()
+		if r.Snapshot().Groups[0].FailOpen {
+			t.Error("still in fail-open")
+		}
+	})
+	var got []string
+	for _, e := range logs.All() {
+		got = append(got, fmt.Sprint(e.Level, " ", e.Message, " ", e.ContextMap()))
+	}
+	want := []string{
+		"info target health changed map[description:no answer within 10s from:initial reason:Target.Timeout target:10.0.1.11:8080 target_group:web to:unhealthy]",
+		"warn target group fails open: too few targets are healthy, new flows go to all of them map[target_group:web]",
+		"info target health changed map[description: from:unhealthy reason: target:10.0.1.11:8080 target_group:web to:healthy]",
+		"info target group no longer fails open: new flows go to healthy targets only map[target_group:web]",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestStatesEndByThemselves(t *testing.T) {
+	spec := webSpec(2)
+	g := &spec.TargetGroups[0]
+	g.Unhealthy = UnhealthyAction{DrainingInterval: 3 * time.Second}
+	g.DeregistrationDelay.Timeout = 5 * time.Second
+	inBubble(t, spec, func(t *testing.T, w *world, r *Reconciler) {
+		states := func() (s [2]State) {
+			for i, t := range r.Snapshot().Groups[0].Targets {
+				s[i] = t.State
+			}
+			return s
+		}
+		now := time.Now()
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): unhealthy(now), webKey("10.0.1.12"): healthy(now)})
+		r.SetDrains(Drains{webKey("10.0.1.12"): now})
+		for _, at := range []struct {
+			after time.Duration
+			want  [2]State
+		}{
+			{time.Second, [2]State{UnhealthyDraining, Draining}},
+			{3 * time.Second, [2]State{Unhealthy, Draining}},
+			{5 * time.Second, [2]State{Unhealthy, Unused}},
+		} {
+			time.Sleep(time.Until(now.Add(at.after)))
+			synctest.Wait()
+			if got := states(); got != at.want {
+				t.Errorf("after %v: %v, want %v", at.after, got, at.want)
+			}
+		}
+		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1"; got != want {
+			t.Errorf("pool web: %s, want %s", got, want)
+		}
+		r.SetDrains(nil)
+		synctest.Wait()
+		if got, want := states(), [2]State{Unhealthy, Healthy}; got != want {
+			t.Errorf("undrained: %v, want %v", got, want)
+		}
+	})
+}
+
+func TestSinceIsKept(t *testing.T) {
+	inBubble(t, webSpec(1), func(t *testing.T, w *world, r *Reconciler) {
+		began := r.Snapshot().Groups[0].Targets[0].Since
+		if began.IsZero() {
+			t.Fatal("an initial target has no since")
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if since := r.Snapshot().Groups[0].Targets[0].Since; !since.Equal(began) {
+			t.Errorf("since moved from %v to %v", began, since)
+		}
+	})
+}
+
+func TestDriftIsRepaired(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		notify bool
+		within time.Duration
+	}{
+		{"told", true, driftDelay},
+		{"not told", false, DefaultResync},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inBubble(t, webSpec(1), func(t *testing.T, w *world, r *Reconciler) {
+				want := w.dump()
+				w.tamper("service 198.51.100.10:80", "", c.notify)
+				w.tamper("address 198.51.100.99", "lo", c.notify)
+				time.Sleep(c.within)
+				synctest.Wait()
+				if diff := cmp.Diff(want, w.dump()); diff != "" {
+					t.Error(diff)
+				}
+				if s := r.Snapshot(); s.Repairs != 2 || s.Writes != 4 {
+					t.Errorf("%d repairs, %d writes", s.Repairs, s.Writes)
+				}
+			})
+		})
+	}
+}
+
+func TestFailedSpecLeavesTheFormerInForce(t *testing.T) {
+	inBubble(t, webSpec(1), func(t *testing.T, w *world, r *Reconciler) {
+		before := w.dump()
+		now := time.Now()
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(now)})
+		bad := webSpec(3)
+		bad.VIPs = append(bad.VIPs, VIP{Address: addr("198.51.100.11"), Interface: "missing0"})
+		err := r.SetSpec(t.Context(), bad)
+		if err == nil || !strings.Contains(err.Error(), "no such device") {
+			t.Fatalf("error %v", err)
+		}
+		if diff := cmp.Diff(before, w.dump()); diff != "" {
+			t.Error(diff)
+		}
+		s := r.Snapshot()
+		if s.Generation != 1 || s.Err != nil || len(s.Spec.VIPs) != 1 || s.Groups[0].Targets[0].State != Healthy {
+			t.Errorf("generation %d, error %v, %d VIPs, target %v", s.Generation, s.Err, len(s.Spec.VIPs), s.Groups[0].Targets[0].State)
+		}
+	})
+}
+
+func TestUnsupportedSpecIsRefused(t *testing.T) {
+	inBubble(t, webSpec(1), func(t *testing.T, w *world, r *Reconciler) {
+		steps := w.steps
+		bad := webSpec(1)
+		bad.TargetGroups[0].ClientIP = ProxyProtocolV2
+		err := r.SetSpec(t.Context(), bad)
+		const want = "target group web: client_ip proxy_protocol_v2 is not built into this version; use preserve, hairpin_snat or snat"
+		if !errors.Is(err, ErrUnsupported) || err.Error() != want {
+			t.Errorf("error %v", err)
+		}
+		if w.steps != steps {
+			t.Error("the kernel was touched")
+		}
+	})
+}
+
+func TestReloadKeepsHealthOfTargetsThatStay(t *testing.T) {
+	inBubble(t, webSpec(2), func(t *testing.T, w *world, r *Reconciler) {
+		since := time.Now()
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(since), webKey("10.0.1.12"): unhealthy(since)})
+		time.Sleep(time.Second)
+		if err := r.SetSpec(t.Context(), webSpec(3)); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0 10.0.1.13:8080=0"; got != want {
+			t.Errorf("pool web: %s, want %s", got, want)
+		}
+		if got := r.Snapshot().Groups[0].Targets[0].Since; !got.Equal(since) {
+			t.Errorf("since %v, want %v", got, since)
+		}
+	})
+}
+
+func TestErrorsAreRetriedAndSaidOnce(t *testing.T) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		w.fault = func(step) error { return errors.New("device or resource busy") }
+		r, stop := start(Options{Parts: w.parts(), Spec: webSpec(1), Log: zap.New(core)})
+		defer stop()
+		<-r.Attempted()
+		if err := r.Snapshot().Err; err == nil || err.Error() != "apply dataplane: device or resource busy" {
+			t.Errorf("error %v", err)
+		}
+		time.Sleep(time.Minute)
+		select {
+		case <-r.Converged():
+			t.Error("said to have converged")
+		default:
+		}
+		failures := r.Snapshot().Failures
+		// 7 in the first 6.4 s at most, then one each 4 to 5 s.
+		if failures < 15 || failures > 22 {
+			t.Errorf("%d failures in a minute", failures)
+		}
+		w.setFault(nil)
+		<-r.Converged()
+		if r.Snapshot().Err != nil || len(w.dump()) != 4 {
+			t.Errorf("error %v, kernel %v", r.Snapshot().Err, w.dump())
+		}
+	})
+	if n := len(logs.All()); n != 2 {
+		t.Errorf("%d log entries, want the failure and the recovery: %v", n, logs.All())
+	}
+}
+
+func TestBrokenWatchIsSaidOnceAndTheResyncCovers(t *testing.T) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		parts := w.parts()
+		parts[1].(*fakePart).watchErr = errors.New("no buffer space available")
+		_, stop := start(Options{Parts: parts, Spec: webSpec(1), Log: zap.New(core)})
+		defer stop()
+		time.Sleep(time.Minute)
+		want := w.dump()
+		w.tamper("pool web", "snat", false)
+		time.Sleep(DefaultResync)
+		synctest.Wait()
+		if diff := cmp.Diff(want, w.dump()); diff != "" {
+			t.Error(diff)
+		}
+	})
+	if n := logs.FilterMessageSnippet("watch").Len(); n != 1 {
+		t.Errorf("said %d times", n)
+	}
+}
+
+func TestLostRoutesDoNotStopHealth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		router := &fakeRouter{}
+		r, stop := start(Options{Parts: w.parts(), Router: router, Spec: webSpec(2)})
+		defer stop()
+		synctest.Wait()
+		lost := errors.New("netlink: interrupted system call")
+		router.err.Store(&lost)
+		time.Sleep(DefaultResync)
+		synctest.Wait()
+		if r.Snapshot().Err == nil {
+			t.Error("the error is not shown")
+		}
+		now := time.Now()
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(now), webKey("10.0.1.12"): unhealthy(now)})
+		synctest.Wait()
+		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0"; got != want {
+			t.Errorf("pool web: %s, want %s", got, want)
+		}
+	})
+}
+
+func TestStopLeavesTheKernelAndRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		r, stop := start(Options{Parts: w.parts(), Spec: webSpec(1)})
+		synctest.Wait()
+		want := w.dump()
+		stop()
+		if diff := cmp.Diff(want, w.dump()); diff != "" {
+			t.Error(diff)
+		}
+		if err := r.SetSpec(context.Background(), webSpec(2)); !errors.Is(err, ErrStopped) {
+			t.Errorf("error %v", err)
+		}
+	})
+}
+
+func TestSetSpecNobodyWaitsFor(t *testing.T) {
+	inBubble(t, webSpec(1), func(t *testing.T, w *world, r *Reconciler) {
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_ = r.SetSpec(ctx, webSpec(2)) // refused by one of two select arms, either way with an error
+		synctest.Wait()
+		if g := r.Snapshot().Generation; g != 1 {
+			t.Errorf("generation %d", g)
+		}
+	})
+}
+
+func TestSnapshotKnowsOnlySpecTargets(t *testing.T) {
+	inBubble(t, webSpec(2), func(t *testing.T, w *world, r *Reconciler) {
+		now := time.Now()
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.12"): healthy(now)})
+		if err := r.SetSpec(t.Context(), webSpec(1)); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.SetSpec(t.Context(), webSpec(2)); err != nil {
+			t.Fatal(err)
+		}
+		// The target was gone in between, so its health is of another life.
+		if s := r.Snapshot().Groups[0].Targets[1]; s.State != Initial || s.Target.Address != netip.MustParseAddr("10.0.1.12") {
+			t.Errorf("%v is %v", s.Target.Address, s.State)
+		}
+	})
+}

@@ -1,0 +1,26 @@
+package balancer
+
+import "time"
+
+// A Snapshot is what a Reconciler had in its hands after a pass. It and all it
+// leads to are never modified.
+type Snapshot struct {
+	// Spec is in force; Desired is what it comes to; Groups is where the
+	// targets stand, with every Since filled in.
+	Spec    *Spec
+	Desired *Desired
+	Groups  []TargetGroupStatus
+	// Generation counts the Specs that were put in force.
+	Generation uint64
+	// Err is why the kernel does not hold Desired, nil when it does.
+	Err error
+	// Passed is when the pass ended; a Reconciler that lives makes one per resync.
+	Passed time.Time
+	// Converged is when the kernel was last seen to hold what it should, and
+	// Took how long it took to look and to make it so.
+	Converged time.Time
+	Took      time.Duration
+	// Writes counts the Plans that were carried out, Repairs those among them
+	// that undid somebody else's change, Failures the passes that failed.
+	Writes, Repairs, Failures uint64
+}

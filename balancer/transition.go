@@ -1,0 +1,65 @@
+package balancer
+
+import (
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// stamp fills in since when targets are in a state that no health check dates.
+func stamp(before, now []TargetGroupStatus, at time.Time) {
+	known := statusByKey(before)
+	for _, g := range now {
+		for i := range g.Targets {
+			t := &g.Targets[i]
+			if !t.Since.IsZero() {
+				continue
+			}
+			t.Since = at
+			if b, ok := known[t.key(g.Name)]; ok && b.State == t.State {
+				t.Since = b.Since
+			}
+		}
+	}
+}
+
+// logTransitions says what became of targets and groups that were there before.
+func logTransitions(log *zap.Logger, before, now []TargetGroupStatus) {
+	known := statusByKey(before)
+	failOpen := make(map[string]bool)
+	for _, g := range before {
+		failOpen[g.Name] = g.FailOpen
+	}
+	for _, g := range now {
+		for _, t := range g.Targets {
+			if b, ok := known[t.key(g.Name)]; ok && b.State != t.State {
+				log.Info("target health changed",
+					zap.String("target_group", g.Name), zap.Stringer("target", t.Target.AddrPort()),
+					zap.Stringer("from", b.State), zap.Stringer("to", t.State),
+					zap.String("reason", t.Reason), zap.String("description", t.Description))
+			}
+		}
+		switch {
+		case g.FailOpen && !failOpen[g.Name]:
+			log.Warn("target group fails open: too few targets are healthy, new flows go to all of them",
+				zap.String("target_group", g.Name))
+		case !g.FailOpen && failOpen[g.Name]:
+			log.Info("target group no longer fails open: new flows go to healthy targets only",
+				zap.String("target_group", g.Name))
+		}
+	}
+}
+
+func (t TargetStatus) key(group string) TargetKey {
+	return TargetKey{Group: group, AddrPort: t.Target.AddrPort()}
+}
+
+func statusByKey(groups []TargetGroupStatus) map[TargetKey]TargetStatus {
+	byKey := make(map[TargetKey]TargetStatus)
+	for _, g := range groups {
+		for _, t := range g.Targets {
+			byKey[t.key(g.Name)] = t
+		}
+	}
+	return byKey
+}

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"nlb/balancer"
+	"nlb/balancer/control"
+	"nlb/healthcheck"
+)
+
+func probeSpec(groups ...string) *balancer.Spec {
+	spec := &balancer.Spec{
+		SourceAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.2")},
+		VIPs:            []balancer.VIP{{Address: netip.MustParseAddr("198.51.100.10")}},
+	}
+	for i, name := range groups {
+		spec.Listeners = append(spec.Listeners, balancer.Listener{
+			Name: name, VIP: spec.VIPs[0].Address, Port: uint16(80 + i), Protocol: balancer.UDP,
+			Forward: []balancer.WeightedGroup{{TargetGroup: name, Weight: 1}},
+		})
+		spec.TargetGroups = append(spec.TargetGroups, balancer.TargetGroup{
+			Name: name, Protocol: balancer.UDP, ClientIP: balancer.SNAT,
+			HealthCheck: balancer.HealthCheck{
+				Protocol: balancer.CheckHTTP, Path: "/ready", Host: "web.example", Matcher: []balancer.StatusRange{{First: 200, Last: 299}},
+				Interval: 10 * time.Second, Timeout: 2 * time.Second, HealthyThreshold: 3, UnhealthyThreshold: 2, ProxyProtocolLocal: true,
+			},
+			Targets: []balancer.Target{{Address: netip.MustParseAddr("10.0.1.11"), Port: 8080, Weight: 1}},
+		})
+	}
+	return spec
+}
+
+func TestChecksOf(t *testing.T) {
+	spec := probeSpec("blue", "green")
+	spec.TargetGroups[1].HealthCheck.Port = 9000
+	spec.TargetGroups = append(spec.TargetGroups, balancer.TargetGroup{
+		Name: "idle", Targets: []balancer.Target{{Address: netip.MustParseAddr("10.0.9.9"), Port: 1}},
+	})
+	check := func(target string) healthcheck.Check {
+		return healthcheck.Check{
+			Target: netip.MustParseAddrPort(target), Protocol: healthcheck.HTTP, Path: "/ready", Host: "web.example",
+			Matcher: []healthcheck.StatusRange{{First: 200, Last: 299}}, Interval: 10 * time.Second, Timeout: 2 * time.Second,
+			HealthyThreshold: 3, UnhealthyThreshold: 2, Source: netip.MustParseAddr("10.0.0.2"), ProxyProtocolLocal: true,
+		}
+	}
+	want := []healthcheck.Check{check("10.0.1.11:8080"), check("10.0.1.11:9000")}
+	got, _ := checksOf(spec)
+	comparable := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
+	addr := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
+	if diff := cmp.Diff(want, got, comparable, addr); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// A probed world answers probes and records what is reported.
+type probed struct {
+	mu     sync.Mutex
+	result healthcheck.Result
+	probes int
+	health balancer.HealthView
+}
+
+func (p *probed) probe(context.Context, healthcheck.Check) healthcheck.Result {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.probes++
+	return p.result
+}
+
+func (p *probed) answer(k healthcheck.Kind) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.result = healthcheck.Result{Kind: k}
+}
+
+func (p *probed) report(found map[balancer.TargetKey]balancer.Health) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for k, h := range found {
+		p.health[k] = h
+	}
+}
+
+func (p *probed) states() map[string]balancer.State {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	states := make(map[string]balancer.State)
+	for k, h := range p.health {
+		states[k.String()] = h.State
+	}
+	return states
+}
+
+func TestGroupsShareAProbeAndItsVerdict(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		world := &probed{health: balancer.HealthView{}}
+		world.answer(healthcheck.OK)
+		c := newChecks(world.report)
+		c.scheduler = healthcheck.New(healthcheck.Options{OnChange: c.changed, Probe: world.probe})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- c.run(ctx) }()
+
+		c.set(probeSpec("blue"))
+		time.Sleep(time.Second)
+		synctest.Wait()
+		// Green's check is known already: there will be no transition.
+		c.set(probeSpec("blue", "green"))
+		want := map[string]balancer.State{"blue/10.0.1.11:8080": balancer.Healthy, "green/10.0.1.11:8080": balancer.Healthy}
+		if diff := cmp.Diff(want, world.states()); diff != "" {
+			t.Error(diff)
+		}
+		if world.probes != 1 {
+			t.Errorf("%d probes", world.probes)
+		}
+
+		world.answer(healthcheck.Refused)
+		time.Sleep(15 * time.Second) // one failure of two: no transition, but an error to show
+		status := &control.Status{TargetGroups: []control.TargetGroup{{
+			Name:    "green",
+			Targets: []control.Target{{Address: netip.MustParseAddr("10.0.1.11"), Port: 8080}},
+		}}}
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		for k := range want {
+			want[k] = balancer.Unhealthy
+		}
+		if diff := cmp.Diff(want, world.states()); diff != "" {
+			t.Error(diff)
+		}
+		c.describe(status)
+		if status.TargetGroups[0].Targets[0].Description == "" {
+			t.Error("the last error is not shown")
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}

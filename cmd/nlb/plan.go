@@ -1,0 +1,133 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"nlb/balancer"
+	"nlb/balancer/control"
+	"nlb/config"
+)
+
+func newPlan() *cobra.Command {
+	var (
+		socket string
+		out    output
+	)
+	cmd := &cobra.Command{
+		Use:   "plan -c FILE",
+		Short: "Show what serve or a reload would change in the kernel",
+		Long: `plan prints the changes as the commands of the kernel's own tools, and makes none.
+When a daemon runs, its health is the one that counts.
+
+Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			path, err := configFile(cmd.Flags())
+			if err != nil {
+				return err
+			}
+			cfg, err := load(path, cmd.Flags())
+			if err != nil {
+				return err
+			}
+			plans, err := plan(cmd.Context(), cfg, control.NewClient(socket))
+			if err != nil {
+				return err
+			}
+			if err := printPlans(cmd.OutOrStdout(), out, plans); err != nil {
+				return err
+			}
+			if len(plans) > 0 {
+				return exitChanges
+			}
+			return nil
+		},
+	}
+	addConfig(cmd.Flags())
+	addSocket(cmd.Flags(), &socket)
+	addOutput(cmd, &out)
+	return cmd
+}
+
+// plan lists the Parts that would change something.
+func plan(ctx context.Context, cfg *config.Config, client *control.Client) (changes []balancer.PartPlan, err error) {
+	k, err := openKernel(cfg.StateDir, zap.NewNop())
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, k.close()) }()
+	seen, err := look(ctx, cfg, client, k.router)
+	if err != nil {
+		return nil, err
+	}
+	plans, err := balancer.PlanAll(ctx, k.parts, balancer.Forward(cfg.Spec, seen))
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range plans {
+		if !p.Plan.Empty() {
+			changes = append(changes, p)
+		}
+	}
+	return changes, nil
+}
+
+// look sees what the daemon would see.
+func look(ctx context.Context, cfg *config.Config, client *control.Client, router balancer.Router) (balancer.View, error) {
+	seen := balancer.View{Now: time.Now()}
+	status, err := client.Status(ctx)
+	switch {
+	case err == nil:
+		seen.Health, seen.Drains = status.Seen()
+	case !errors.Is(err, control.ErrNotRunning):
+		return seen, err
+	}
+	seen.Key, err = balancer.LoadKey(cfg.StateDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		seen.Key, err = balancer.NewKey(), nil // as serve would draw one
+	}
+	if err != nil {
+		return seen, err
+	}
+	var targets []netip.Addr
+	for _, g := range cfg.Spec.TargetGroups {
+		for _, t := range g.Targets {
+			targets = append(targets, t.Address)
+		}
+	}
+	seen.Routes, err = router.Routes(ctx, targets, cfg.Spec.HasVIP)
+	return seen, err
+}
+
+// A change is one Part's share of a printed plan.
+type change struct {
+	Part  string   `json:"part"`
+	Lines []string `json:"lines"`
+}
+
+func printPlans(w io.Writer, out output, plans []balancer.PartPlan) error {
+	changes := []change{}
+	for _, p := range plans {
+		changes = append(changes, change{Part: p.Part, Lines: p.Plan.Lines()})
+	}
+	if out == jsonText {
+		return printJSON(w, changes)
+	}
+	for _, c := range changes {
+		for _, line := range c.Lines {
+			if _, err := fmt.Fprintln(w, line); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"nlb/internal/nstest"
+)
+
+// The scripts run in a network namespace of their own, with nlb and listen as
+// commands.
+func TestMain(m *testing.M) {
+	testscript.Main(isolated{m}, map[string]func(){"nlb": main, "listen": listen})
+}
+
+type isolated struct{ *testing.M }
+
+func (m isolated) Run() int { return nstest.Main(m.M) }
+
+// listen accepts connections on an address, greets and hangs up: a target.
+func listen() {
+	l, err := net.Listen("tcp", os.Args[1])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		fmt.Fprintln(c, "hello from", os.Args[1])
+		_ = c.Close()
+	}
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Cmds:                map[string]func(*testscript.TestScript, bool, []string){"await": await},
+	})
+}
+
+// await repeats a command until it succeeds, ! await until it fails.
+func await(ts *testscript.TestScript, neg bool, args []string) {
+	const limit = 20 * time.Second
+	if len(args) == 0 {
+		ts.Fatalf("usage: await command...")
+	}
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if err := ts.Exec(args[0], args[1:]...); (err != nil) == neg {
+			return
+		}
+	}
+	ts.Fatalf("%v: not within %v, last said:\n%s%s", args, limit, ts.ReadFile("stdout"), ts.ReadFile("stderr"))
+}

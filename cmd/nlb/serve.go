@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"nlb/balancer"
+	"nlb/balancer/control"
+)
+
+func newServe() *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use:   "serve -c FILE",
+		Short: "Run the load balancer",
+		Long: `serve makes the kernel forward as the file says, keeps it so and checks the targets.
+SIGHUP reloads the file. SIGTERM and SIGINT stop the daemon and leave the kernel
+forwarding; nlb clear ends that too.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			path, err := configFile(cmd.Flags())
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), path, cmd.Flags(), socket, cmd.ErrOrStderr())
+		},
+	}
+	addConfig(cmd.Flags())
+	addSocket(cmd.Flags(), &socket)
+	cmd.Flags().String("log-level", "", "overrides log.level of the file")
+	cmd.Flags().String("log-format", "", "overrides log.format of the file")
+	cmd.Flags().String("metrics-address", "", "overrides metrics.address of the file")
+	return cmd
+}
+
+// serve runs the daemon until ctx ends.
+func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string, stderr io.Writer) (err error) {
+	cfg, err := load(path, flags)
+	if err != nil {
+		return err
+	}
+	log, level, err := newLogger(cfg.Log, stderr)
+	if err != nil {
+		return err
+	}
+	held, err := control.Acquire(stateLock(cfg.StateDir))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, held.Release()) }()
+	key, err := balancer.LoadOrCreateKey(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	k, err := openKernel(cfg.StateDir, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, k.close()) }()
+	if cfg.Dataplane == dataplaneAuto {
+		log.Info("dataplane nftables was chosen: no other one is built in")
+	}
+	door, err := control.Listen(ctx, socket)
+	if err != nil {
+		return err
+	}
+	reconciler := balancer.NewReconciler(balancer.Options{
+		Parts: k.parts, Router: k.router, Log: log, Key: key, Spec: cfg.Spec,
+	})
+	d := &daemon{
+		path: path, flags: flags, log: log, level: level, settings: cfg.Settings,
+		reconciler: reconciler, checks: newChecks(reconciler.SetHealth), kernel: k,
+	}
+	d.checks.set(cfg.Spec)
+	log.Info("nlb starts", zap.String("version", version()), zap.String("config", path), zap.String("socket", socket))
+	err = d.run(ctx, door)
+	log.Info("nlb stops, the kernel goes on forwarding")
+	return err
+}
+
+// run joins all that runs: the first to fail ends the others.
+func (d *daemon) run(ctx context.Context, door *control.Socket) error {
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.reconciler.Run(ctx) })
+	g.Go(func() error { return d.checks.run(ctx) })
+	g.Go(func() error { return supervise(ctx, d.reconciler, d.log) })
+	g.Go(func() error { return d.reloadOn(ctx, hangups) })
+	g.Go(func() error {
+		// Those who ask earlier wait: there is nothing to say before the first pass.
+		select {
+		case <-d.reconciler.Attempted():
+		case <-ctx.Done():
+		}
+		return control.Serve(ctx, door, d, d.log)
+	})
+	return g.Wait()
+}
+
+func (d *daemon) reloadOn(ctx context.Context, hangups <-chan os.Signal) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hangups:
+			if err := d.Reload(ctx); err != nil {
+				d.log.Error("reload failed, the former configuration stays in force", zap.Error(err))
+			}
+		}
+	}
+}

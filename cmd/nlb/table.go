@@ -1,0 +1,116 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"io"
+	"net/netip"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"nlb/balancer/control"
+)
+
+// renderStatus writes a status for people.
+func renderStatus(w io.Writer, s *control.Status, now time.Time) error {
+	var b bytes.Buffer
+	renderApply(&b, s, now)
+	renderListeners(&b, s.Listeners)
+	for _, g := range s.TargetGroups {
+		renderGroup(&b, g, now)
+	}
+	_, err := b.WriteTo(w)
+	return err
+}
+
+func renderApply(b *bytes.Buffer, s *control.Status, now time.Time) {
+	fmt.Fprintf(b, "%s, configuration %d, ", s.Dataplane, s.Apply.Generation)
+	switch {
+	case s.Apply.Error == "":
+		fmt.Fprintf(b, "in force as of %s ago\n", age(now, s.Apply.ConvergedAt))
+	case s.Apply.ConvergedAt.IsZero():
+		fmt.Fprintf(b, "NEVER IN FORCE\nERROR: %s\n", s.Apply.Error)
+	default:
+		fmt.Fprintf(b, "NOT IN FORCE since %s ago\nERROR: %s\n", age(now, s.Apply.ConvergedAt), s.Apply.Error)
+	}
+	if s.Apply.CountersError != "" {
+		fmt.Fprintf(b, "NO COUNTERS: %s\n", s.Apply.CountersError)
+	}
+}
+
+func renderListeners(b *bytes.Buffer, listeners []control.Listener) {
+	rows := [][]string{{"LISTENER", "ADDRESS", "PROTOCOL", "FORWARD"}}
+	for _, l := range listeners {
+		rows = append(rows, []string{l.Name, netip.AddrPortFrom(l.VIP, l.Port).String(), l.Protocol.String(), forwardWords(l.Forward)})
+	}
+	b.WriteString("\n")
+	renderRows(b, rows)
+}
+
+// forwardWords names the groups, and their weights where there is a choice.
+func forwardWords(forward []control.Forward) string {
+	if len(forward) == 1 {
+		return forward[0].TargetGroup
+	}
+	var words []string
+	for _, f := range forward {
+		words = append(words, fmt.Sprintf("%s (%d)", f.TargetGroup, f.Weight))
+	}
+	return strings.Join(words, ", ")
+}
+
+func renderGroup(b *bytes.Buffer, g control.TargetGroup, now time.Time) {
+	fmt.Fprintf(b, "\ntarget group %s, %s, %s\n", g.Name, g.Protocol, g.ClientIP)
+	if g.FailOpen {
+		b.WriteString("FAIL OPEN: too few targets are healthy, new flows go to all of them\n")
+	}
+	rows := [][]string{{"TARGET", "WEIGHT", "STATE", "SINCE", "FLOWS", "NEW", "BYTES", "REASON"}}
+	for _, t := range g.Targets {
+		rows = append(rows, []string{
+			t.AddrPort().String(), weightWords(t), t.State.String(), age(now, t.Since),
+			count(t.ActiveFlows), count(t.NewFlowsTotal), count(t.BytesTotal),
+			cmp.Or(strings.TrimSuffix(t.Reason+": "+t.Description, ": "), "-"),
+		})
+	}
+	renderRows(b, rows)
+}
+
+// weightWords shows what new flows see, where it is not what was configured.
+func weightWords(t control.Target) string {
+	if t.EffectiveWeight == t.Weight {
+		return strconv.Itoa(t.Weight)
+	}
+	return fmt.Sprintf("%d of %d", t.EffectiveWeight, t.Weight)
+}
+
+func count(n *uint64) string {
+	if n == nil {
+		return "?"
+	}
+	return strconv.FormatUint(*n, 10)
+}
+
+// age is rounded so that it fits in the eye.
+func age(now, then time.Time) string {
+	d := max(0, now.Sub(then))
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm%02ds", int(d.Minutes()), int(d.Seconds())%60)
+	case d < 24*time.Hour:
+		return fmt.Sprintf("%dh%02dm", int(d.Hours()), int(d.Minutes())%60)
+	}
+	return fmt.Sprintf("%dd%02dh", int(d.Hours())/24, int(d.Hours())%24)
+}
+
+func renderRows(b *bytes.Buffer, rows [][]string) {
+	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
+	for _, r := range rows {
+		fmt.Fprintln(w, strings.Join(r, "\t"))
+	}
+	_ = w.Flush() // a Buffer takes everything
+}
