@@ -1,7 +1,5 @@
 package balancer
 
-import "context"
-
 // Counters are what a dataplane counted for one target. The totals begin when
 // the target was first installed and may begin anew when the dataplane is
 // rebuilt, as Prometheus counters may.
@@ -12,9 +10,4 @@ type Counters struct {
 	NewFlows uint64
 	// Bytes is what those flows carried, in both directions, IP headers included.
 	Bytes uint64
-}
-
-// A Counter tells what was counted. A target without flows may be absent.
-type Counter interface {
-	Counters(ctx context.Context) (map[TargetKey]Counters, error)
 }

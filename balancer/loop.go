@@ -229,12 +229,13 @@ func (l *loop) view() View {
 
 func (l *loop) wrote(p PartPlan, repair bool) {
 	l.counts.Writes++
-	lines := p.Plan.Lines()
-	l.log.Debug("kernel changed", zap.String("part", p.Part), zap.Strings("changes", lines))
+	if log := l.log.Check(zap.DebugLevel, "kernel changed"); log != nil {
+		log.Write(zap.String("part", p.Part), zap.Strings("changes", p.Plan.Lines()))
+	}
 	if repair {
 		l.counts.Repairs++
 		l.log.Warn("drift repaired: somebody else had changed what is ours",
-			zap.String("part", p.Part), zap.Int("changes", len(lines)))
+			zap.String("part", p.Part))
 	}
 }
 

@@ -31,6 +31,8 @@ type Dataplane struct {
 	known      bool
 	numbers    *numbers // of the targets that are installed, or were
 	renderer   renderer
+	// listener hears of other people's transactions; nil outside Watch.
+	listener *listener
 }
 
 // New opens the dataplane. It fails where nf_tables is not to be had.
@@ -119,16 +121,39 @@ func (d *Dataplane) Apply(_ context.Context, plan balancer.Plan) error {
 		s.encode(b, i)
 	}
 	d.known = false
-	if err := d.sock.commit(b); err != nil {
+	then := nextGeneration(p.generation)
+	if err := d.commit(b, then); err != nil {
 		return explain(err, p)
 	}
 	// The commit was the one transaction since the plan was made. Whatever
 	// comes after it has a later number, and refresh will notice.
-	d.have, d.generation, d.known = p.want, nextGeneration(p.generation), true
+	d.have, d.generation, d.known = p.want, then, true
 	if p.numbers != nil {
 		d.numbers = p.numbers
 	}
 	return nil
+}
+
+// quietBytes is how long a transaction may be that listeners may hear of. For
+// each element of it the kernel prepares a notification of a page, all of which
+// exist at the end of the commit: 4 GiB for a million.
+const quietBytes = 64 << 10
+
+// commit sends the transaction, behind the listener's back if it is a long one.
+// What the listener misses meanwhile shows in the generation.
+func (d *Dataplane) commit(b *batch, then uint32) error {
+	if d.listener == nil || len(b.buf) < quietBytes {
+		return d.sock.commit(b)
+	}
+	if err := d.listener.leave(); err != nil {
+		return err
+	}
+	err := d.sock.commit(b)
+	err = errors.Join(err, d.listener.join())
+	if now, unknown := d.sock.generation(); unknown != nil || now != then {
+		d.listener.changed()
+	}
+	return err
 }
 
 // nextGeneration counts as the kernel does: zero is left out.

@@ -10,8 +10,9 @@ package nft
 // shift over two registers: the only way to combine two of them before kernel
 // 6.13.
 const (
-	MarkMask    uint32 = markHairpin | markSNAT | markTarget
-	markTarget  uint32 = 0xffff << markShift
+	MarkMask uint32 = markHairpin | markSNAT | TargetMask
+	// TargetMask has the bits that name the target.
+	TargetMask  uint32 = 0xffff << markShift
 	markSNAT    uint32 = 1 << 30
 	markHairpin uint32 = 1 << 31
 
@@ -24,7 +25,7 @@ const (
 type Mark uint32
 
 // Target is the number of the flow's target in its table, 0 if it has none.
-func (m Mark) Target() uint16 { return uint16(uint32(m) & markTarget >> markShift) }
+func (m Mark) Target() uint16 { return uint16(uint32(m) & TargetMask >> markShift) }
 
 // SNAT reports that the flow's source is the balancer.
 func (m Mark) SNAT() bool { return uint32(m)&markSNAT != 0 }

@@ -465,8 +465,8 @@ func (r *renderedPool) choose(f *family, mine []int, slotsWord string, slots []i
 		b.ctMarkMerge()
 		b.say("map @%s << %d", numbers, markShift)
 		b.loadCT(unix.NFT_CT_MARK, 0)
-		b.bitwise(0, native32(markTarget), native32(0))
-		b.say("ct mark & 0x%08x", markTarget)
+		b.bitwise(0, native32(TargetMask), native32(0))
+		b.say("ct mark & 0x%08x", TargetMask)
 		b.vmap(verdicts.Name, 0)
 	})
 }
@@ -606,8 +606,8 @@ func sourceRules(rs *Ruleset, t *balancer.Table, n *numbers, f *family) []Rule {
 			b.jhash(f, false, uint32(len(pool)), maglev.Seed(t.Key, "source"))
 		} else {
 			b.loadCT(unix.NFT_CT_MARK, 0)
-			b.bitwise(0, native32(markTarget), native32(0))
-			b.say("ct mark & 0x%08x", markTarget)
+			b.bitwise(0, native32(TargetMask), native32(0))
+			b.say("ct mark & 0x%08x", TargetMask)
 		}
 		b.lookup(s.Name, 0, from.number())
 		b.snatTo(f, from)

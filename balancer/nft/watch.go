@@ -18,12 +18,14 @@ func (d *Dataplane) Watch(ctx context.Context, changed func()) error {
 		return err
 	}
 	defer s.close()
-	d.mu.Lock()
 	own := d.sock.port
-	d.mu.Unlock()
-	if err := s.subscribe(own); err != nil {
+	if err := s.ignore(own); err != nil {
 		return err
 	}
+	if err := d.listen(&listener{s, changed}); err != nil {
+		return err
+	}
+	defer d.listen(nil)
 	// What changed before the subscription is seen by looking once more.
 	changed()
 	touched := false
@@ -77,9 +79,36 @@ func (d *Dataplane) stale() bool {
 	return err != nil || !d.known || now != d.generation
 }
 
-// subscribe joins the group that hears of every transaction, and has the kernel
-// leave out those of port: our own may be a million elements long.
-func (s *socket) subscribe(port uint32) error {
+// A listener hears of transactions and tells of those that matter.
+type listener struct {
+	*socket
+	changed func()
+}
+
+// listen makes l the listener, or nobody.
+func (d *Dataplane) listen(l *listener) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.listener = l
+	if l == nil {
+		return nil
+	}
+	return l.join()
+}
+
+// join and leave subscribe to every transaction of the namespace.
+func (s *socket) join() error  { return s.membership(unix.NETLINK_ADD_MEMBERSHIP) }
+func (s *socket) leave() error { return s.membership(unix.NETLINK_DROP_MEMBERSHIP) }
+
+func (s *socket) membership(option int) error {
+	if err := unix.SetsockoptInt(s.fd, unix.SOL_NETLINK, option, unix.NFNLGRP_NFTABLES); err != nil {
+		return fmt.Errorf("subscribe to ruleset changes: %w", err)
+	}
+	return nil
+}
+
+// ignore has the kernel leave out what the socket with that port did.
+func (s *socket) ignore(port uint32) error {
 	// The sender's port is at byte 12 of each message. It is in host order,
 	// and the filter loads in network order.
 	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 {
@@ -94,9 +123,6 @@ func (s *socket) subscribe(port uint32) error {
 	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 	if err := unix.SetsockoptSockFprog(s.fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &prog); err != nil {
 		return fmt.Errorf("filter ruleset changes: %w", err)
-	}
-	if err := unix.SetsockoptInt(s.fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES); err != nil {
-		return fmt.Errorf("subscribe to ruleset changes: %w", err)
 	}
 	return nil
 }

@@ -1,12 +1,12 @@
 package main
 
 import (
-	"context"
 	"errors"
 
 	"go.uber.org/zap"
 
 	"nlb/balancer"
+	"nlb/balancer/conntrack"
 	"nlb/balancer/host"
 	"nlb/balancer/nft"
 	"nlb/balancer/vip"
@@ -16,6 +16,7 @@ import (
 type kernel struct {
 	parts  []balancer.Part
 	router balancer.Router
+	tally  tally
 	close  func() error
 }
 
@@ -27,6 +28,10 @@ func openKernel(stateDir string, log *zap.Logger) (*kernel, error) {
 	if err != nil {
 		return nil, err
 	}
+	flows, err := conntrack.New(conntrack.Options{Log: log.Named("conntrack"), Mask: nft.TargetMask})
+	if err != nil {
+		return nil, errors.Join(err, dataplane.Close())
+	}
 	return &kernel{
 		parts: []balancer.Part{
 			vip.NewWithdrawer(log.Named("vip")),
@@ -35,16 +40,7 @@ func openKernel(stateDir string, log *zap.Logger) (*kernel, error) {
 			vip.NewAnnouncer(log.Named("vip")),
 		},
 		router: host.NewRouter(),
+		tally:  tally{dataplane, flows},
 		close:  dataplane.Close,
 	}, nil
-}
-
-// counters asks the Part that counts.
-func (k *kernel) counters(ctx context.Context) (map[balancer.TargetKey]balancer.Counters, error) {
-	for _, p := range k.parts {
-		if c, ok := p.(balancer.Counter); ok {
-			return c.Counters(ctx)
-		}
-	}
-	return nil, errors.New("the dataplane does not count")
 }

@@ -96,6 +96,7 @@ func (d *daemon) run(ctx context.Context, door *control.Socket) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.reconciler.Run(ctx) })
 	g.Go(func() error { return d.checks.run(ctx) })
+	g.Go(func() error { return d.kernel.tally.flows.Run(ctx) })
 	g.Go(func() error { return supervise(ctx, d.reconciler, d.log) })
 	g.Go(func() error { return d.reloadOn(ctx, hangups) })
 	g.Go(func() error {
