@@ -2,6 +2,7 @@ package balancer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -30,17 +31,35 @@ func PlanAll(ctx context.Context, parts []Part, want *Desired) ([]PartPlan, erro
 // serve and guard it are missing.
 func Converge(ctx context.Context, parts []Part, want *Desired, changed func(PartPlan)) error {
 	for _, p := range parts {
-		plan, err := p.Plan(ctx, want)
+		plan, err := convergePart(ctx, p, want)
 		if err != nil {
-			return fmt.Errorf("plan %s: %w", p.Name(), err)
+			return err
 		}
-		if plan.Empty() {
-			continue
+		if !plan.Empty() {
+			changed(PartPlan{Part: p.Name(), Plan: plan})
 		}
-		if err := p.Apply(ctx, plan); err != nil {
-			return fmt.Errorf("apply %s: %w", p.Name(), err)
-		}
-		changed(PartPlan{Part: p.Name(), Plan: plan})
 	}
 	return nil
+}
+
+// convergePart makes one Part hold want and returns the Plan that did it. Being
+// overtaken is no failure on a busy host; being overtaken again and again is.
+func convergePart(ctx context.Context, p Part, want *Desired) (Plan, error) {
+	const attempts = 5
+	for i := 1; ; i++ {
+		plan, err := p.Plan(ctx, want)
+		if err != nil {
+			return nil, fmt.Errorf("plan %s: %w", p.Name(), err)
+		}
+		if plan.Empty() {
+			return plan, nil
+		}
+		err = p.Apply(ctx, plan)
+		if err == nil {
+			return plan, nil
+		}
+		if i == attempts || !errors.Is(err, ErrOvertaken) {
+			return nil, fmt.Errorf("apply %s: %w", p.Name(), err)
+		}
+	}
 }

@@ -2,6 +2,7 @@ package balancer
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 )
 
@@ -17,6 +18,10 @@ type Part interface {
 	Plan(ctx context.Context, want *Desired) (Plan, error)
 	Apply(ctx context.Context, p Plan) error
 }
+
+// ErrOvertaken is wrapped by an Apply whose Plan no longer fits, because
+// somebody else changed the kernel in between. Nothing was changed by it.
+var ErrOvertaken = errors.New("somebody else was faster")
 
 // A Watcher is a Part that can tell when the kernel's side changed under it.
 // Watch calls changed for each change that was not the Part's own, or may not

@@ -170,7 +170,7 @@ func explain(err error, p *Plan) error {
 		return err
 	}
 	if refused.err == unix.ERESTART {
-		return fmt.Errorf("somebody else changed the ruleset meanwhile: %w", err)
+		return fmt.Errorf("the ruleset changed since the plan was made: %w", balancer.ErrOvertaken)
 	}
 	if refused.step < 0 {
 		return fmt.Errorf("commit of %d steps: %w", len(p.steps), err)
