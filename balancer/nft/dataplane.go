@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -18,21 +19,26 @@ import (
 // It reads the table once and then trusts that reading for as long as the
 // kernel confirms it: the ruleset's generation counts transactions, a plan is
 // committed only at the generation it was made for, and transactions of others
-// are listened to. So a change of one target among thousands does not read
-// everything again, and nothing is ever taken from memory unverified.
+// are followed. So a change of one target among thousands does not read
+// everything again, strangers who change their own tables all the time are in
+// nobody's way, and nothing is ever taken from memory unverified.
 type Dataplane struct {
 	log *zap.Logger
 
 	mu   sync.Mutex // guards all below
 	sock *socket
+	// others hears of other people's transactions.
+	others *socket
 	// have is the table at generation; known says whether it is.
 	have       *Ruleset
 	generation uint32
 	known      bool
-	numbers    *numbers // of the targets that are installed, or were
-	renderer   renderer
-	// listener hears of other people's transactions; nil outside Watch.
-	listener *listener
+	// meddled says that somebody else touched the table, or may have, since
+	// Watch last told of it; touched, that the transaction whose messages are
+	// being read did.
+	meddled, touched bool
+	numbers          *numbers // of the targets that are installed, or were
+	renderer         renderer
 }
 
 // New opens the dataplane. It fails where nf_tables is not to be had.
@@ -42,10 +48,13 @@ func New(log *zap.Logger) (*Dataplane, error) {
 		return nil, err
 	}
 	if _, err := s.generation(); err != nil {
-		s.close()
-		return nil, missingFeature(err)
+		return nil, errors.Join(missingFeature(err), s.close())
 	}
-	return &Dataplane{log: log, sock: s, numbers: newNumbers()}, nil
+	others, err := follow(s.port)
+	if err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return &Dataplane{log: log, sock: s, others: others, numbers: newNumbers()}, nil
 }
 
 func missingFeature(err error) error {
@@ -62,7 +71,7 @@ func missingFeature(err error) error {
 func (d *Dataplane) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.sock.close()
+	return errors.Join(d.sock.close(), d.others.close())
 }
 
 // Name implements balancer.Part.
@@ -75,7 +84,7 @@ func (d *Dataplane) Plan(_ context.Context, want *balancer.Desired) (balancer.Pl
 	if err := d.refresh(); err != nil {
 		return nil, err
 	}
-	p := &Plan{generation: d.generation}
+	p := &Plan{have: d.have}
 	if want != nil {
 		n, err := d.numbers.assign(tableKeys(want.Table))
 		if err != nil {
@@ -89,24 +98,36 @@ func (d *Dataplane) Plan(_ context.Context, want *balancer.Desired) (balancer.Pl
 
 // refresh makes d.have what is installed now.
 func (d *Dataplane) refresh() error {
-	if d.known {
+	const attempts = 20
+	for range attempts {
+		if err := d.catchUp(); err != nil {
+			return err
+		}
 		now, err := d.sock.generation()
 		if err != nil {
 			return err
 		}
-		if now == d.generation {
+		switch {
+		case d.known && now == d.generation:
 			return nil
+		case d.known && d.others.wait(newsDelay):
+			// The number of a transaction is there before the news of it.
+		default:
+			// Whoever touches the table while it is being read is heard of
+			// afterwards, under a later number.
+			have, err := d.sock.dump()
+			if err != nil {
+				return err
+			}
+			d.numbers = d.numbers.adopt(have)
+			d.have, d.generation, d.known = have, now, true
 		}
 	}
-	d.known = false
-	have, gen, err := d.sock.observe()
-	if err != nil {
-		return err
-	}
-	d.numbers = d.numbers.adopt(have)
-	d.have, d.generation, d.known = have, gen, true
-	return nil
+	return fmt.Errorf("table inet %s changed %d times while it was read", TableName, attempts)
 }
+
+// newsDelay bounds the wait for the news of a transaction that was counted.
+const newsDelay = 100 * time.Millisecond
 
 // Apply implements balancer.Part: one transaction, all or nothing.
 func (d *Dataplane) Apply(_ context.Context, plan balancer.Plan) error {
@@ -116,42 +137,63 @@ func (d *Dataplane) Apply(_ context.Context, plan balancer.Plan) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	b := newBatch(p.generation)
+	b := newBatch()
 	for i, s := range p.steps {
 		s.encode(b, i)
 	}
-	d.known = false
-	then := nextGeneration(p.generation)
-	if err := d.commit(b, then); err != nil {
-		return explain(err, p)
+	b.finish()
+	const attempts = 100
+	for range attempts {
+		if err := d.refresh(); err != nil {
+			return err
+		}
+		if d.have != p.have {
+			break
+		}
+		err := d.commit(b)
+		if err == nil {
+			d.have = p.want
+			if p.numbers != nil {
+				d.numbers = p.numbers
+			}
+			return nil
+		}
+		var refused *stepError
+		if !errors.As(err, &refused) || refused.err != unix.ERESTART {
+			d.known = false
+			return explain(err, p)
+		}
 	}
-	// The commit was the one transaction since the plan was made. Whatever
-	// comes after it has a later number, and refresh will notice.
-	d.have, d.generation, d.known = p.want, then, true
-	if p.numbers != nil {
-		d.numbers = p.numbers
-	}
-	return nil
+	return fmt.Errorf("the table changed since the plan was made: %w", balancer.ErrOvertaken)
 }
 
-// quietBytes is how long a transaction may be that listeners may hear of. For
-// each element of it the kernel prepares a notification of a page, all of which
-// exist at the end of the commit: 4 GiB for a million.
+// quietBytes is how long a transaction may be that we listen during. For each
+// element of it the kernel prepares a notification of a page for listeners, all
+// of which exist at the end of the commit: 4 GiB for a million.
 const quietBytes = 64 << 10
 
-// commit sends the transaction, behind the listener's back if it is a long one.
-// What the listener misses meanwhile shows in the generation.
-func (d *Dataplane) commit(b *batch, then uint32) error {
-	if d.listener == nil || len(b.buf) < quietBytes {
-		return d.sock.commit(b)
+// commit sends the transaction, to be carried out if the ruleset is still at
+// d.generation, and moves that on.
+func (d *Dataplane) commit(b *batch) error {
+	b.fit(d.generation)
+	then := nextGeneration(d.generation)
+	if len(b.buf) < quietBytes {
+		if err := d.sock.commit(b); err != nil {
+			return err
+		}
+		d.generation = then
+		return nil
 	}
-	if err := d.listener.leave(); err != nil {
+	if err := d.others.leave(); err != nil {
 		return err
 	}
 	err := d.sock.commit(b)
-	err = errors.Join(err, d.listener.join())
-	if now, unknown := d.sock.generation(); unknown != nil || now != then {
-		d.listener.changed()
+	err = errors.Join(err, d.others.join())
+	if err == nil {
+		d.generation = then
+	}
+	if now, unknown := d.sock.generation(); unknown != nil || now != d.generation {
+		d.known, d.meddled = false, true // somebody may have come by unheard
 	}
 	return err
 }
@@ -168,9 +210,6 @@ func explain(err error, p *Plan) error {
 	var refused *stepError
 	if !errors.As(err, &refused) {
 		return err
-	}
-	if refused.err == unix.ERESTART {
-		return fmt.Errorf("the ruleset changed since the plan was made: %w", balancer.ErrOvertaken)
 	}
 	if refused.step < 0 {
 		return fmt.Errorf("commit of %d steps: %w", len(p.steps), err)
@@ -217,12 +256,13 @@ type Events struct {
 func (d *Dataplane) Events(context.Context) (Events, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	e := Events{NewFlows: map[balancer.TargetKey]uint64{}, Totals: map[string]uint64{}}
+	var e Events
+	begin := func() { e = Events{NewFlows: map[balancer.TargetKey]uint64{}, Totals: map[string]uint64{}} }
 	flows := make(map[string]balancer.TargetKey, len(d.numbers.byKey))
 	for k, num := range d.numbers.byKey {
 		flows[targetChainName(num, k.Group)] = k
 	}
-	err := d.sock.eachObject(func(name string, typ uint32, data []byte) {
+	err := d.sock.listObjects(begin, func(name string, typ uint32, data []byte) {
 		if typ != objectCounter {
 			return
 		}

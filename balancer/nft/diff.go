@@ -13,12 +13,10 @@ import (
 // A Plan is one transaction that turns the ruleset that was observed into the
 // one that is wanted.
 type Plan struct {
-	steps []step
-	want  *Ruleset
+	steps      []step
+	have, want *Ruleset
 	// numbers are what want was rendered with; nil if nothing is wanted.
 	numbers *numbers
-	// generation is the ruleset's generation the plan was made for.
-	generation uint32
 }
 
 // Empty reports that there is nothing to change.

@@ -193,6 +193,13 @@ func (b *ruleBuilder) sourceIs(f *family, p netip.Prefix) {
 	b.say("%s saddr %s", f.ip, prefixText(p))
 }
 
+// fromThisHost matches packets that came in by no interface.
+func (b *ruleBuilder) fromThisHost() {
+	b.loadMeta(unix.NFT_META_IIF, 0)
+	b.cmp(unix.NFT_CMP_EQ, 0, native32(0))
+	b.say("iif 0")
+}
+
 // metaMarkIs matches packets that carry a firewall mark.
 func (b *ruleBuilder) metaMarkIs(mark uint32) {
 	b.loadMeta(unix.NFT_META_MARK, 0)

@@ -176,7 +176,7 @@ func TestDrift(t *testing.T) {
 		"add rule inet nlb prerouting accept",
 		"insert rule inet nlb unwanted accept",
 		"flush chain inet nlb unwanted; add rule inet nlb unwanted accept",
-		"flush chain inet nlb take4; add rule inet nlb take4 masquerade",
+		"flush chain inet nlb source4; add rule inet nlb source4 masquerade",
 		"add chain inet nlb stranger { type filter hook input priority 0; policy drop; }",
 		"add chain inet nlb input { type filter hook input priority -5; policy drop; }",
 		"add set inet nlb stranger { type ipv4_addr; }",

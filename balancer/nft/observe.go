@@ -9,35 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// observe reads all of our table and the generation it belongs to. A nil
-// ruleset says that there is none.
-func (s *socket) observe() (*Ruleset, uint32, error) {
-	// A busy host may change its own tables under each attempt; ours seldom
-	// changes, and a dump that was not interrupted is consistent.
-	const attempts = 20
-	for range attempts {
-		before, err := s.generation()
-		if err != nil {
-			return nil, 0, err
-		}
-		rs, err := s.dump()
-		if errors.Is(err, errInterrupted) || errors.Is(err, unix.ENOENT) && rs != nil {
-			continue
-		}
-		if err != nil {
-			return nil, 0, err
-		}
-		after, err := s.generation()
-		if err != nil {
-			return nil, 0, err
-		}
-		if before == after {
-			return rs, after, nil
-		}
-	}
-	return nil, 0, fmt.Errorf("%w, %d times in a row", errInterrupted, attempts)
-}
-
 // generation is the number of transactions the namespace has seen.
 func (s *socket) generation() (gen uint32, err error) {
 	err = s.request(unix.NFT_MSG_GETGEN, false, func(*attrs) {}, func(m message) {
@@ -49,6 +20,8 @@ func (s *socket) generation() (gen uint32, err error) {
 	return gen, nil
 }
 
+// dump reads all of our table; nil says that there is none. What somebody
+// changes in the table meanwhile may be in it, or not, or in part.
 func (s *socket) dump() (*Ruleset, error) {
 	rs := newRuleset()
 	err := s.request(unix.NFT_MSG_GETTABLE, false, func(a *attrs) { a.str(unix.NFTA_TABLE_NAME, TableName) }, func(m message) {
@@ -61,8 +34,9 @@ func (s *socket) dump() (*Ruleset, error) {
 		return nil, fmt.Errorf("read table inet %s: %w", TableName, err)
 	}
 	for _, read := range []func(*Ruleset) error{s.dumpChains, s.dumpRules, s.dumpSets, s.dumpObjects, s.dumpFlowtables} {
-		if err := read(rs); err != nil {
-			return rs, err
+		// What is not there any more was removed meanwhile, which will be heard.
+		if err := read(rs); err != nil && !errors.Is(err, unix.ENOENT) {
+			return nil, err
 		}
 	}
 	return rs, nil
@@ -73,7 +47,7 @@ func isOurs(m message, tableAttr uint16) bool {
 }
 
 func (s *socket) dumpChains(rs *Ruleset) error {
-	err := s.request(unix.NFT_MSG_GETCHAIN, true, func(*attrs) {}, func(m message) {
+	err := s.list(unix.NFT_MSG_GETCHAIN, func(*attrs) {}, func() { clear(rs.Chains) }, func(m message) {
 		if !isOurs(m, unix.NFTA_CHAIN_TABLE) {
 			return
 		}
@@ -92,13 +66,18 @@ func (s *socket) dumpChains(rs *Ruleset) error {
 }
 
 func (s *socket) dumpRules(rs *Ruleset) error {
-	err := s.request(unix.NFT_MSG_GETRULE, true, func(a *attrs) { a.str(unix.NFTA_RULE_TABLE, TableName) }, func(m message) {
+	begin := func() {
+		for _, c := range rs.Chains {
+			c.Rules = nil
+		}
+	}
+	err := s.list(unix.NFT_MSG_GETRULE, func(a *attrs) { a.str(unix.NFTA_RULE_TABLE, TableName) }, begin, func(m message) {
 		if !isOurs(m, unix.NFTA_RULE_TABLE) {
 			return
 		}
 		c := rs.Chains[text(find(m.body, unix.NFTA_RULE_CHAIN))]
 		if c == nil {
-			return // newer than the dump of the chains: the generation tells
+			return // newer than the dump of the chains
 		}
 		c.Rules = append(c.Rules, Rule{
 			exprs: slices.Clone(find(m.body, unix.NFTA_RULE_EXPRESSIONS)),
@@ -109,19 +88,22 @@ func (s *socket) dumpRules(rs *Ruleset) error {
 }
 
 func (s *socket) dumpSets(rs *Ruleset) error {
-	err := s.request(unix.NFT_MSG_GETSET, true, func(a *attrs) { a.str(unix.NFTA_SET_TABLE, TableName) }, func(m message) {
+	var foreign []string
+	begin := func() { clear(rs.Sets); foreign = nil }
+	err := s.list(unix.NFT_MSG_GETSET, func(a *attrs) { a.str(unix.NFTA_SET_TABLE, TableName) }, begin, func(m message) {
 		if !isOurs(m, unix.NFTA_SET_TABLE) {
 			return
 		}
 		if set := parseSet(m.body); set.kind != nil {
 			rs.addSet(set)
 		} else {
-			rs.Foreign = append(rs.Foreign, "set "+set.Name)
+			foreign = append(foreign, "set "+set.Name)
 		}
 	})
 	if err != nil {
 		return wrapDump("sets", err)
 	}
+	rs.Foreign = append(rs.Foreign, foreign...)
 	for _, set := range rs.Sets {
 		if err := s.dumpElems(rs, set); err != nil {
 			return err
@@ -153,18 +135,23 @@ func parseSet(b []byte) *Set {
 	}
 	if set.kind == slotKind {
 		set.Slots = make([]uint32, set.Size)
-		for i := range set.Slots {
-			set.Slots[i] = noSlot
-		}
 	}
 	return set
 }
 
+// empty forgets the elements.
+func (s *Set) empty() {
+	s.Elems = nil
+	for i := range s.Slots {
+		s.Slots[i] = noSlot
+	}
+}
+
 func (s *socket) dumpElems(rs *Ruleset, set *Set) error {
-	err := s.request(unix.NFT_MSG_GETSETELEM, true, func(a *attrs) {
+	err := s.list(unix.NFT_MSG_GETSETELEM, func(a *attrs) {
 		a.str(unix.NFTA_SET_ELEM_LIST_TABLE, TableName)
 		a.str(unix.NFTA_SET_ELEM_LIST_SET, set.Name)
-	}, func(m message) {
+	}, set.empty, func(m message) {
 		list := find(m.body, unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 		for e, rest, ok := next(list); ok; e, rest, ok = next(rest) {
 			set.addParsed(e.data)
@@ -209,22 +196,26 @@ func (s *Set) addParsed(b []byte) {
 }
 
 func (s *socket) dumpObjects(rs *Ruleset) error {
-	return s.eachObject(func(name string, typ uint32, data []byte) {
+	var foreign []string
+	begin := func() { clear(rs.Objects); foreign = nil }
+	err := s.listObjects(begin, func(name string, typ uint32, data []byte) {
 		o := &Object{Name: name, Type: typ}
 		switch typ {
 		case objectCounter:
 		case objectCTTimeout:
 			o.Established = be32(find(find(data, nftaTimeoutData), ctaTimeoutEstablished))
 		default:
-			rs.Foreign = append(rs.Foreign, "object "+name)
+			foreign = append(foreign, "object "+name)
 			return
 		}
 		rs.addObject(o)
 	})
+	rs.Foreign = append(rs.Foreign, foreign...)
+	return err
 }
 
-func (s *socket) eachObject(f func(name string, typ uint32, data []byte)) error {
-	err := s.request(unix.NFT_MSG_GETOBJ, true, func(a *attrs) { a.str(unix.NFTA_OBJ_TABLE, TableName) }, func(m message) {
+func (s *socket) listObjects(begin func(), f func(name string, typ uint32, data []byte)) error {
+	err := s.list(unix.NFT_MSG_GETOBJ, func(a *attrs) { a.str(unix.NFTA_OBJ_TABLE, TableName) }, begin, func(m message) {
 		if isOurs(m, unix.NFTA_OBJ_TABLE) {
 			f(text(find(m.body, unix.NFTA_OBJ_NAME)), be32(find(m.body, unix.NFTA_OBJ_TYPE)), find(m.body, unix.NFTA_OBJ_DATA))
 		}
@@ -234,14 +225,17 @@ func (s *socket) eachObject(f func(name string, typ uint32, data []byte)) error 
 
 func (s *socket) dumpFlowtables(rs *Ruleset) error {
 	const flowtableTable, flowtableName = 1, 2 // NFTA_FLOWTABLE_*
-	err := s.request(unix.NFT_MSG_GETFLOWTABLE, true, func(a *attrs) { a.str(flowtableTable, TableName) }, func(m message) {
+	var foreign []string
+	begin := func() { foreign = nil }
+	err := s.list(unix.NFT_MSG_GETFLOWTABLE, func(a *attrs) { a.str(flowtableTable, TableName) }, begin, func(m message) {
 		if isOurs(m, flowtableTable) {
-			rs.Foreign = append(rs.Foreign, "flowtable "+text(find(m.body, flowtableName)))
+			foreign = append(foreign, "flowtable "+text(find(m.body, flowtableName)))
 		}
 	})
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
 		return nil // a kernel without flowtables has none of them
 	}
+	rs.Foreign = append(rs.Foreign, foreign...)
 	return wrapDump("flowtables", err)
 }
 

@@ -98,10 +98,7 @@ func baseChains() []*Chain {
 		nat("prerouting", unix.NF_INET_PRE_ROUTING, priorityDNAT, toDispatch),
 		nat("output", unix.NF_INET_LOCAL_OUT, priorityDNAT,
 			rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.ProbeMark); b.returns() }), toDispatch),
-		nat("postrouting", unix.NF_INET_POST_ROUTING, prioritySNAT, eachFamily(func(b *ruleBuilder, f *family) {
-			b.originalDestInSet(f, vipsName(f))
-			b.jump(chainSource + f.name)
-		})...),
+		nat("postrouting", unix.NF_INET_POST_ROUTING, prioritySNAT, sourceWanted()...),
 		filter("input", unix.NF_INET_LOCAL_IN, eachFamily(func(b *ruleBuilder, f *family) {
 			b.destInSet(f, vipsName(f))
 			b.jump(chainGuard)
@@ -165,13 +162,26 @@ func guardRules() []Rule {
 
 // forwardRules keep packets that belong to no flow from passing un-NATed: to a
 // VIP, from a target without a connection (a late retransmit after the flow is
-// forgotten), and a target's answer that would be taken for a new flow, which
-// would take the place of the real one. Established flows end at the first rule.
+// forgotten), and a target's answer that would be taken for a new flow. That one
+// would also take the place of the real flow, and the client's next question
+// would be answered by a stranger. So a target cannot begin a UDP flow past us
+// from the very port that it serves. Established flows end at the first rule, our
+// own new ones before those about targets, because a target may call a VIP.
 func forwardRules() []Rule {
 	rules := []Rule{rule(func(b *ruleBuilder) { b.ctState(ctEstablished|ctRelated, "established,related"); b.accept() })}
 	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
 		b.destInSet(f, vipsName(f))
 		b.dropAs(counterUnwanted)
+	})...)
+	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
+		b.originalDestInSet(f, vipsName(f))
+		b.accept()
+	})...)
+	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
+		b.ctState(ctNew, "new")
+		b.l4proto(unix.IPPROTO_UDP)
+		b.sourceServiceInSet(f, "targets"+f.name)
+		b.dropAs(counterInvalid)
 	})...)
 	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
 		b.ctState(ctInvalid, "invalid")
@@ -251,13 +261,14 @@ func servicesMap(t *balancer.Table, f *family) *Set {
 // targetsSet lists where the targets answer from, for the forward chain.
 func targetsSet(t *balancer.Table, f *family) *Set {
 	s := &Set{Name: "targets" + f.name, kind: targetsKinds[f]}
+	protocols := protocolsOf(t)
 	for i := range t.Pools {
 		for j := range t.Pools[i].Destinations {
 			d := &t.Pools[i].Destinations[j]
 			if familyOf(d.Address) != f {
 				continue
 			}
-			for _, p := range []uint8{balancer.ProtoTCP, balancer.ProtoUDP} {
+			for _, p := range protocols[t.Pools[i].Name] {
 				s.Elems = append(s.Elems, Elem{Key: serviceKey(d.AddrPort(), p)})
 			}
 		}
@@ -265,6 +276,21 @@ func targetsSet(t *balancer.Table, f *family) *Set {
 	s.sort()
 	s.Elems = slices.Compact(s.Elems)
 	return s
+}
+
+// protocolsOf lists the protocols that reach each pool.
+func protocolsOf(t *balancer.Table) map[string][]uint8 {
+	out := make(map[string][]uint8, len(t.Pools))
+	for i := range t.Services {
+		for _, p := range t.Services[i].Pools {
+			for _, proto := range t.Services[i].Protocols {
+				if !slices.Contains(out[p.Pool], proto) {
+					out[p.Pool] = append(out[p.Pool], proto)
+				}
+			}
+		}
+	}
+	return out
 }
 
 // --- listeners ---------------------------------------------------------------------
@@ -290,7 +316,9 @@ func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService)
 		o := &Object{Name: fmt.Sprintf("idle_%ds", seconds), Type: objectCTTimeout, Established: seconds}
 		rs.addObject(o)
 		c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
-			b.l4proto(balancer.ProtoTCP)
+			if len(svc.Protocols) > 1 {
+				b.l4proto(balancer.ProtoTCP)
+			}
 			b.ctTimeout(o.Name)
 		}))
 	}
@@ -452,7 +480,13 @@ func (r *renderedPool) renderFamily(f *family) {
 func (r *renderedPool) choose(f *family, mine []int, slotsWord string, slots []int32, size int, verdictWord string, chain func(uint16, string) string) Rule {
 	pool := r.pool.Name
 	numbers := r.addSlots(fmt.Sprintf("%s%s.%s.%d", slotsWord, f.name, pool, size), size, slots, mine)
-	verdicts := &Set{Name: verdictWord + f.name + "." + pool, kind: targetKind}
+	// A map of a fixed size is the fastest there is. It doubles under another
+	// name, since a map cannot change its size.
+	room := 16
+	for room < len(mine) {
+		room *= 2
+	}
+	verdicts := &Set{Name: fmt.Sprintf("%s%s.%s.%d", verdictWord, f.name, pool, room), kind: targetKind, Size: uint32(room)}
 	for _, d := range mine {
 		verdicts.Elems = append(verdicts.Elems, Elem{Key: string(native32(markOf(r.numbers[d], 0))), Goto: chain(r.numbers[d], pool)})
 	}
@@ -524,7 +558,7 @@ func (r *renderedPool) renderTarget(f *family, at int, second string, elsewhere 
 	if p.ClientIP == balancer.SNAT {
 		flags = markSNAT
 	}
-	plain := rule(func(b *ruleBuilder) { b.family(f); send(b, flags) })
+	plain := rule(func(b *ruleBuilder) { send(b, flags) })
 	if second != "" {
 		// A second choice comes past the check of the first, or the chains
 		// would form a loop, which the kernel refuses.
@@ -557,18 +591,30 @@ func (r *renderedPool) matchDomain(b *ruleBuilder, f *family, chain string, doma
 
 // --- source addresses -----------------------------------------------------------------
 
-// renderSource writes the chains that give a flow a source of ours, if the
-// choice said so, or if it comes from this host under a VIP, which would be a
-// stranger at a target that holds the VIP itself.
+// sourceWanted finds the flows that get a source of ours: those whose choice said
+// so, and those from this host under a VIP, which would be a stranger at a target
+// that holds the VIP itself. That the flow began at a VIP is asked last, because
+// most flows never get that far.
+func sourceWanted() []Rule {
+	return append(
+		eachFamily(func(b *ruleBuilder, f *family) {
+			b.ctMarkHas(markSNAT)
+			b.originalDestInSet(f, vipsName(f))
+			b.goTo(chainSource + f.name)
+		}),
+		eachFamily(func(b *ruleBuilder, f *family) {
+			b.fromThisHost()
+			b.sourceInSet(f, vipsName(f), false)
+			b.originalDestInSet(f, vipsName(f))
+			b.goTo(chainSource + f.name)
+		})...)
+}
+
+// renderSource writes the chains that give a flow a source of ours.
 func renderSource(rs *Ruleset, t *balancer.Table, n *numbers) {
 	for _, f := range families {
 		to := sourceRules(rs, t, n, f)
-		take := "take" + f.name
-		rs.addChain(&Chain{Name: take, Rules: append(to, rule(func(b *ruleBuilder) { b.dropAs(counterNoSource) }))})
-		rs.addChain(&Chain{Name: chainSource + f.name, Rules: []Rule{
-			rule(func(b *ruleBuilder) { b.ctMarkHas(markSNAT); b.goTo(take) }),
-			rule(func(b *ruleBuilder) { b.sourceInSet(f, vipsName(f), false); b.goTo(take) }),
-		}})
+		rs.addChain(&Chain{Name: chainSource + f.name, Rules: append(to, rule(func(b *ruleBuilder) { b.dropAs(counterNoSource) }))})
 	}
 }
 

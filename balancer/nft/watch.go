@@ -5,98 +5,98 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// Watch implements balancer.Watcher: it follows the transactions of everybody
-// else. One that touches our table is told; one that does not only moves the
-// generation on, so that what we know stays known.
+// Watch implements balancer.Watcher: it tells of each transaction of somebody
+// else that touches our table, or may have.
 func (d *Dataplane) Watch(ctx context.Context, changed func()) error {
-	s, err := dial()
-	if err != nil {
-		return err
-	}
-	defer s.close()
-	own := d.sock.port
-	if err := s.ignore(own); err != nil {
-		return err
-	}
-	if err := d.listen(&listener{s, changed}); err != nil {
-		return err
-	}
-	defer d.listen(nil)
-	// What changed before the subscription is seen by looking once more.
+	// What went on before is seen by looking once more.
 	changed()
-	touched := false
 	for ctx.Err() == nil {
-		n, err := s.recvUntil(ctx)
-		switch {
-		case err == unix.EAGAIN:
-			continue
-		case err == unix.ENOBUFS:
-			if d.stale() {
-				changed()
-			}
-			continue
-		case err != nil:
-			return fmt.Errorf("follow ruleset changes: %w", err)
+		// An others that is being read by a plan meanwhile is found empty, and
+		// what the plan heard shows in meddled.
+		d.others.wait(100 * time.Millisecond)
+		meddled, err := d.takeMeddled()
+		if err != nil {
+			return err
 		}
-		walk(s.buf[:n], func(m message) bool {
-			if m.typ != nftSubsys|unix.NFT_MSG_NEWGEN {
-				touched = touched || m.family == unix.NFPROTO_INET && text(find(m.body, 1)) == TableName
-				return true
-			}
-			if m.port == own {
-				return true
-			}
-			if touched {
-				touched = false
-				changed()
-			} else {
-				d.advance(be32(find(m.body, unix.NFTA_GEN_ID)))
-			}
-			return true
-		})
+		if meddled {
+			changed()
+		}
 	}
 	return nil
 }
 
-// advance notes a transaction of somebody else that left our table alone.
-func (d *Dataplane) advance(gen uint32) {
+func (d *Dataplane) takeMeddled() (bool, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.known && gen == nextGeneration(d.generation) {
-		d.generation = gen
+	err := d.catchUp()
+	meddled := d.meddled
+	d.meddled = false
+	return meddled, err
+}
+
+// catchUp takes in what others have done so far. A transaction that left our
+// table alone only moves the generation on.
+func (d *Dataplane) catchUp() error {
+	for {
+		n, err := d.others.recv(unix.MSG_DONTWAIT)
+		switch {
+		case err == unix.EAGAIN:
+			return nil
+		case err == unix.ENOBUFS:
+			d.known, d.meddled = false, true
+			continue
+		case err != nil:
+			return fmt.Errorf("follow ruleset changes: %w", err)
+		}
+		walk(d.others.buf[:n], func(m message) bool {
+			if m.typ == nftSubsys|unix.NFT_MSG_NEWGEN {
+				d.passed(be32(find(m.body, unix.NFTA_GEN_ID)))
+				return true
+			}
+			// The first attribute of every message names the table.
+			d.touched = d.touched || m.family == unix.NFPROTO_INET && text(find(m.body, 1)) == TableName
+			return true
+		})
 	}
 }
 
-// stale reports whether the table may not be what we know.
-func (d *Dataplane) stale() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	now, err := d.sock.generation()
-	return err != nil || !d.known || now != d.generation
-}
-
-// A listener hears of transactions and tells of those that matter.
-type listener struct {
-	*socket
-	changed func()
-}
-
-// listen makes l the listener, or nobody.
-func (d *Dataplane) listen(l *listener) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.listener = l
-	if l == nil {
-		return nil
+// passed notes the end of somebody's transaction.
+func (d *Dataplane) passed(generation uint32) {
+	switch {
+	case d.touched:
+		d.touched = false
+		d.meddled = true
+		// One that was there before the table was read is in what was read.
+		if int32(generation-d.generation) > 0 {
+			d.known = false
+		}
+	case generation == nextGeneration(d.generation):
+		d.generation = generation
 	}
-	return l.join()
 }
 
-// join and leave subscribe to every transaction of the namespace.
+// follow opens a socket that hears of every transaction except those of port:
+// our own may be a million elements long.
+func follow(port uint32) (*socket, error) {
+	s, err := dial()
+	if err != nil {
+		return nil, err
+	}
+	if err = s.ignore(port); err == nil {
+		err = s.join()
+	}
+	if err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
 func (s *socket) join() error  { return s.membership(unix.NETLINK_ADD_MEMBERSHIP) }
 func (s *socket) leave() error { return s.membership(unix.NETLINK_DROP_MEMBERSHIP) }
 
@@ -127,16 +127,9 @@ func (s *socket) ignore(port uint32) error {
 	return nil
 }
 
-// recvUntil waits for a datagram, or for ctx for as long as a tenth of a
-// second: EAGAIN.
-func (s *socket) recvUntil(ctx context.Context) (int, error) {
+// wait reports whether there is something to read, within the given time.
+func (s *socket) wait(d time.Duration) bool {
 	fds := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, 100)
-	if err != nil && err != unix.EINTR {
-		return 0, err
-	}
-	if n == 0 || ctx.Err() != nil {
-		return 0, unix.EAGAIN
-	}
-	return s.recv(unix.MSG_DONTWAIT)
+	n, err := unix.Poll(fds, int(d.Milliseconds()))
+	return err == nil && n > 0
 }

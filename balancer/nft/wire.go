@@ -168,12 +168,18 @@ type batch struct {
 	at   int   // start of the open message
 }
 
-func newBatch(generation uint32) *batch {
+func newBatch() *batch {
 	b := &batch{buf: make([]byte, 0, 64<<10)}
 	b.begin(unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, 0)
-	b.record(func(a *attrs) { a.u32(unix.NFNL_BATCH_GENID, generation) })
+	b.record(func(a *attrs) { a.u32(unix.NFNL_BATCH_GENID, 0) })
 	b.end()
 	return b
+}
+
+// fit makes the kernel refuse the transaction, with ERESTART, unless the ruleset
+// is at that generation. The number is the first attribute of the first message.
+func (b *batch) fit(generation uint32) {
+	binary.BigEndian.PutUint32(b.buf[nlHeader+nfHeader+4:], generation)
 }
 
 // message appends one nf_tables message.
@@ -207,12 +213,11 @@ func (b *batch) end() {
 
 // finish closes the transaction. The last message asks for an
 // acknowledgement, so that silence is never taken for success.
-func (b *batch) finish() []byte {
+func (b *batch) finish() {
 	flags := binary.NativeEndian.Uint16(b.buf[b.at+6:])
 	binary.NativeEndian.PutUint16(b.buf[b.at+6:], flags|unix.NLM_F_ACK)
 	b.begin(unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, uint32(len(b.step)+1))
 	b.end()
-	return b.buf
 }
 
 // A socket is a netlink socket of family NETLINK_NETFILTER, used by one
@@ -287,10 +292,10 @@ func (e *stepError) Unwrap() error { return e.err }
 // errAnswersLost says the outcome of a transaction is unknown: observe again.
 var errAnswersLost = errors.New("the kernel's answer was lost")
 
-// commit sends the transaction and reads its outcome. The kernel works on it
+// commit sends a finished transaction and reads its outcome. The kernel works on it
 // within the send, so every answer is there when it returns.
 func (s *socket) commit(b *batch) error {
-	if err := s.send(b.finish()); err != nil {
+	if err := s.send(b.buf); err != nil {
 		return fmt.Errorf("send transaction: %w", err)
 	}
 	var first *stepError
@@ -375,6 +380,20 @@ func walk(b []byte, f func(message) bool) {
 
 // errInterrupted says that the ruleset changed while it was being read.
 var errInterrupted = errors.New("the ruleset changed during the dump")
+
+// list is a dump that is repeated when it was interrupted. Strangers' changes
+// interrupt it too, and some dumps count across all tables, so that parts are
+// missing or double then: f gets the answers of a whole dump only.
+func (s *socket) list(typ uint16, fill func(*attrs), begin func(), f func(message)) error {
+	const attempts = 100
+	for range attempts {
+		begin()
+		if err := s.request(typ, true, fill, f); !errors.Is(err, errInterrupted) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w, %d times in a row", errInterrupted, attempts)
+}
 
 // request sends one message and calls f for each answer. With dump the answers
 // end with NLMSG_DONE, else there is one, or an error.
