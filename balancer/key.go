@@ -55,39 +55,8 @@ func LoadOrCreateKey(dir string) (HashKey, error) {
 		return key, err
 	}
 	key = NewKey()
-	if err := writeKey(dir, key); err != nil {
+	if err := WriteStateFile(dir, keyFile, []byte(hex.EncodeToString(key[:])+"\n")); err != nil {
 		return HashKey{}, fmt.Errorf("hash key: %w", err)
 	}
 	return key, nil
-}
-
-func writeKey(dir string, key HashKey) (err error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(dir, "."+keyFile+"-") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.WriteString(hex.EncodeToString(key[:]) + "\n")
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), filepath.Join(dir, keyFile)); err != nil {
-		return err
-	}
-	return syncFolder(dir)
-}
-
-func syncFolder(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

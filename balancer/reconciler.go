@@ -43,6 +43,9 @@ type Options struct {
 	// Spec is in force from the start, and is pursued until it holds. Nil
 	// touches nothing before SetSpec.
 	Spec *Spec
+	// Health is what was known of the targets before a restart: it holds until
+	// a health check says otherwise.
+	Health HealthView
 	// Resync is how often the kernel is looked at in any case. 0 means DefaultResync.
 	Resync time.Duration
 }
@@ -86,12 +89,16 @@ func NewReconciler(o Options) *Reconciler {
 	if o.Resync == 0 {
 		o.Resync = DefaultResync
 	}
+	health := maps.Clone(o.Health)
+	if health == nil {
+		health = make(HealthView)
+	}
 	return &Reconciler{
 		parts:     o.Parts,
 		router:    o.Router,
 		log:       o.Log,
 		resync:    o.Resync,
-		start:     loop{spec: o.Spec, key: o.Key, health: make(HealthView)},
+		start:     loop{spec: o.Spec, key: o.Key, health: health},
 		requests:  make(chan request),
 		wake:      make(chan struct{}, 1),
 		attempted: make(chan struct{}),

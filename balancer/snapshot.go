@@ -1,6 +1,9 @@
 package balancer
 
-import "time"
+import (
+	"net/netip"
+	"time"
+)
 
 // A Snapshot is what a Reconciler had in its hands after a pass. It and all it
 // leads to are never modified.
@@ -23,4 +26,21 @@ type Snapshot struct {
 	// Writes counts the Plans that were carried out, Repairs those among them
 	// that undid somebody else's change, Failures the passes that failed.
 	Writes, Repairs, Failures uint64
+}
+
+// SourceFor is the address that flows of ours towards a target are given where
+// no source address is configured; the zero Addr when none is known.
+func (r *Reconciler) SourceFor(target netip.Addr) netip.Addr {
+	s := r.Snapshot()
+	if s == nil {
+		return netip.Addr{}
+	}
+	for i := range s.Desired.Table.Pools {
+		for _, d := range s.Desired.Table.Pools[i].Destinations {
+			if d.Address == target {
+				return d.Source
+			}
+		}
+	}
+	return netip.Addr{}
 }

@@ -22,6 +22,9 @@ type Prober struct {
 	// Forbidden tells which addresses a probe may not leave from: the VIPs.
 	// Nil forbids none. It is called by many goroutines at once.
 	Forbidden func(netip.Addr) bool
+	// Instead names an address to probe a target from when the kernel would
+	// take a forbidden one. Nil, or the zero Addr: there is none.
+	Instead func(target netip.Addr) netip.Addr
 	// Roots is what VerifyTLS trusts; nil: the host's roots.
 	Roots *x509.CertPool
 }
@@ -49,7 +52,7 @@ func (p *Prober) Probe(ctx context.Context, c Check) Result {
 }
 
 func (p *Prober) probe(ctx context.Context, c Check, r *Result) {
-	if !p.sourceAllowed(c, r) {
+	if !p.chooseSource(&c, r) {
 		return
 	}
 	s, stop, err := dial(ctx, c, p.Mark, r.Start.Add(c.Timeout))
@@ -93,9 +96,9 @@ func (p *Prober) probe(ctx context.Context, c Check, r *Result) {
 	}
 }
 
-// sourceAllowed looks at the source before there is a packet that could show
-// it to the target.
-func (p *Prober) sourceAllowed(c Check, r *Result) bool {
+// chooseSource looks at the source before there is a packet that could show it
+// to the target.
+func (p *Prober) chooseSource(c *Check, r *Result) bool {
 	if p.Forbidden == nil {
 		return true
 	}
@@ -105,6 +108,11 @@ func (p *Prober) sourceAllowed(c Check, r *Result) bool {
 		if source, err = routeSource(c.Target, p.Mark); err != nil {
 			r.fail("connect", err)
 			return false
+		}
+		if p.Forbidden(source) && p.Instead != nil {
+			if other := p.Instead(c.Target.Addr()); other.IsValid() {
+				source, c.Source = other, other
+			}
 		}
 	}
 	if p.Forbidden(source) {

@@ -27,9 +27,10 @@ const (
 
 // Options are what a Scheduler needs from its owner.
 type Options struct {
-	// Mark, Forbidden and Roots are those of Prober.
+	// Mark, Forbidden, Instead and Roots are those of Prober.
 	Mark      uint32
 	Forbidden func(netip.Addr) bool
+	Instead   func(target netip.Addr) netip.Addr
 	Roots     *x509.CertPool
 	// OnChange is told of states that changed, in one goroutine, a batch at a
 	// time. It may take its time: probes do not wait for it, and what changes
@@ -112,7 +113,7 @@ type entry struct {
 func New(opts Options) *Scheduler {
 	probe := opts.Probe
 	if probe == nil {
-		prober := &Prober{Mark: opts.Mark, Forbidden: opts.Forbidden, Roots: opts.Roots}
+		prober := &Prober{Mark: opts.Mark, Forbidden: opts.Forbidden, Instead: opts.Instead, Roots: opts.Roots}
 		probe = prober.Probe
 	}
 	base, stop := context.WithCancel(context.Background())

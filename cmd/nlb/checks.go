@@ -23,12 +23,14 @@ type checks struct {
 	targets map[healthcheck.Key][]balancer.TargetKey // mu
 }
 
-func newChecks(report func(map[balancer.TargetKey]balancer.Health)) *checks {
+// newChecks reports to report. Instead names a source where the kernel's is a VIP.
+func newChecks(report func(map[balancer.TargetKey]balancer.Health), instead func(netip.Addr) netip.Addr) *checks {
 	c := &checks{report: report}
 	c.spec.Store(new(balancer.Spec))
 	c.scheduler = healthcheck.New(healthcheck.Options{
 		Mark:      balancer.ProbeMark,
 		Forbidden: func(a netip.Addr) bool { return c.spec.Load().HasVIP(a) },
+		Instead:   instead,
 		OnChange:  c.changed,
 	})
 	return c

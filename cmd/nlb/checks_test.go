@@ -102,7 +102,7 @@ func TestGroupsShareAProbeAndItsVerdict(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		world := &probed{health: balancer.HealthView{}}
 		world.answer(healthcheck.OK)
-		c := newChecks(world.report)
+		c := newChecks(world.report, nil)
 		c.scheduler = healthcheck.New(healthcheck.Options{OnChange: c.changed, Probe: world.probe})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -88,7 +89,9 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 	switch {
 	case err == nil:
 		seen.Health, seen.Drains = status.Seen()
-	case !errors.Is(err, control.ErrNotRunning):
+	case errors.Is(err, control.ErrNotRunning):
+		seen.Health = recallHealth(cfg.StateDir, zap.NewNop())
+	default:
 		return seen, err
 	}
 	seen.Key, err = balancer.LoadKey(cfg.StateDir)
@@ -124,10 +127,24 @@ func printPlans(w io.Writer, out output, plans []balancer.PartPlan) error {
 	}
 	for _, c := range changes {
 		for _, line := range c.Lines {
-			if _, err := fmt.Fprintln(w, line); err != nil {
+			if _, err := fmt.Fprintln(w, abridge(line)); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// abridge shortens a list of elements that nobody reads to the end, such as
+// the thousands of slots of a group. The JSON form has all of them.
+func abridge(line string) string {
+	const longest = 240
+	if len(line) <= longest {
+		return line
+	}
+	cut := strings.LastIndex(line[:longest], ", ")
+	if cut < 0 || !strings.HasSuffix(line, " }") {
+		return line
+	}
+	return fmt.Sprintf("%s, … %d more }", line[:cut], strings.Count(line[cut:], ", "))
 }

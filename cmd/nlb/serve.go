@@ -75,10 +75,11 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	}
 	reconciler := balancer.NewReconciler(balancer.Options{
 		Parts: k.parts, Router: k.router, Log: log, Key: key, Spec: cfg.Spec,
+		Health: recallHealth(cfg.StateDir, log),
 	})
 	d := &daemon{
 		path: path, flags: flags, log: log, level: level, settings: cfg.Settings,
-		reconciler: reconciler, checks: newChecks(reconciler.SetHealth), kernel: k,
+		reconciler: reconciler, checks: newChecks(reconciler.SetHealth, reconciler.SourceFor), kernel: k,
 	}
 	d.checks.set(cfg.Spec)
 	log.Info("nlb starts", zap.String("version", version()), zap.String("config", path), zap.String("socket", socket))
@@ -97,6 +98,7 @@ func (d *daemon) run(ctx context.Context, door *control.Socket) error {
 	g.Go(func() error { return d.reconciler.Run(ctx) })
 	g.Go(func() error { return d.checks.run(ctx) })
 	g.Go(func() error { return d.kernel.tally.flows.Run(ctx) })
+	g.Go(func() error { return rememberHealth(ctx, d.settings.StateDir, d.reconciler.Snapshot, d.log) })
 	g.Go(func() error { return supervise(ctx, d.reconciler, d.log) })
 	g.Go(func() error { return d.reloadOn(ctx, hangups) })
 	g.Go(func() error {
