@@ -51,6 +51,9 @@ func (c *Client) Reload(ctx context.Context) error {
 }
 
 func (c *Client) ask(ctx context.Context, method, path string, into any) error {
+	if err := checkPath(c.socket); err != nil {
+		return err
+	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://nlb"+path, nil)
 	if err != nil {
 		return err

@@ -28,6 +28,9 @@ func SocketLock(path string) string { return path + ".lock" }
 // Listen opens the socket at path and makes its folder. A socket whose daemon
 // died is replaced; one whose daemon lives is an error that matches ErrHeld.
 func Listen(ctx context.Context, path string) (*Socket, error) {
+	if err := checkPath(path); err != nil {
+		return nil, err
+	}
 	held, err := Acquire(SocketLock(path))
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: is another nlb running? %w", path, err)
@@ -37,6 +40,15 @@ func Listen(ctx context.Context, path string) (*Socket, error) {
 		return nil, errors.Join(fmt.Errorf("socket %s: %w", path, err), held.Release())
 	}
 	return &Socket{UnixListener: l, lock: held}, nil
+}
+
+// checkPath says what the kernel calls an invalid argument (unix(7), sun_path).
+func checkPath(path string) error {
+	const longest = 107
+	if len(path) > longest {
+		return fmt.Errorf("socket %s: a path of %d bytes is too long, a socket's has at most %d: name another with --socket", path, len(path), longest)
+	}
+	return nil
 }
 
 func listen(ctx context.Context, path string) (*net.UnixListener, error) {

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"maps"
 	"net/netip"
 	"time"
 
@@ -14,6 +15,15 @@ type Status struct {
 	Apply        Apply         `json:"apply"`
 	Listeners    []Listener    `json:"listeners"`
 	TargetGroups []TargetGroup `json:"target_groups"`
+	// Totals counts what happened to new flows that no target got, and other
+	// events, by the names of the dataplane's counters; see its README.
+	Totals map[string]uint64 `json:"totals"`
+}
+
+// Counts are what a dataplane counted.
+type Counts struct {
+	Targets map[balancer.TargetKey]balancer.Counters
+	Totals  map[string]uint64
 }
 
 // Apply says how well the kernel follows.
@@ -79,9 +89,9 @@ type Target struct {
 // AddrPort is where the target listens.
 func (t Target) AddrPort() netip.AddrPort { return netip.AddrPortFrom(t.Address, t.Port) }
 
-// NewStatus tells a snapshot in the words of a Status. Counted is what the
-// dataplane counted, or nil with the reason why it could not.
-func NewStatus(dataplane string, s *balancer.Snapshot, counted map[balancer.TargetKey]balancer.Counters, uncounted error) *Status {
+// NewStatus tells a snapshot in the words of a Status. Uncounted is the reason
+// why the dataplane could not count, if it could not.
+func NewStatus(dataplane string, s *balancer.Snapshot, counted Counts, uncounted error) *Status {
 	status := &Status{
 		Dataplane: dataplane,
 		Apply: Apply{
@@ -96,7 +106,9 @@ func NewStatus(dataplane string, s *balancer.Snapshot, counted map[balancer.Targ
 		},
 		Listeners:    []Listener{},
 		TargetGroups: []TargetGroup{},
+		Totals:       map[string]uint64{},
 	}
+	maps.Copy(status.Totals, counted.Totals)
 	for _, l := range s.Spec.Listeners {
 		status.Listeners = append(status.Listeners, listener(l))
 	}
@@ -105,7 +117,7 @@ func NewStatus(dataplane string, s *balancer.Snapshot, counted map[balancer.Targ
 		byName[s.Spec.TargetGroups[i].Name] = &s.Spec.TargetGroups[i]
 	}
 	for _, g := range s.Groups {
-		status.TargetGroups = append(status.TargetGroups, targetGroup(byName[g.Name], g, counted))
+		status.TargetGroups = append(status.TargetGroups, targetGroup(byName[g.Name], g, counted.Targets))
 	}
 	return status
 }

@@ -5,6 +5,7 @@ import (
 
 	"nlb/balancer"
 	"nlb/balancer/conntrack"
+	"nlb/balancer/control"
 	"nlb/balancer/nft"
 )
 
@@ -16,15 +17,15 @@ type tally struct {
 	flows     *conntrack.Tracker
 }
 
-// counters are what each target's flows did.
-func (t tally) counters(ctx context.Context) (map[balancer.TargetKey]balancer.Counters, error) {
+// counts are what each target's flows did, and what was dropped.
+func (t tally) counts(ctx context.Context) (control.Counts, error) {
 	events, err := t.dataplane.Events(ctx)
 	if err != nil {
-		return nil, err
+		return control.Counts{}, err
 	}
 	carried, err := t.flows.Counts(ctx)
 	if err != nil {
-		return nil, err
+		return control.Counts{}, err
 	}
 	out := make(map[balancer.TargetKey]balancer.Counters, len(events.NewFlows))
 	for target, n := range events.NewFlows {
@@ -39,5 +40,5 @@ func (t tally) counters(ctx context.Context) (map[balancer.TargetKey]balancer.Co
 		counted.ActiveFlows, counted.Bytes = c.Active, c.Bytes
 		out[target] = counted
 	}
-	return out, nil
+	return control.Counts{Targets: out, Totals: events.Totals}, nil
 }

@@ -36,7 +36,7 @@ func (d *daemon) Status(ctx context.Context) (*control.Status, error) {
 	if snapshot == nil {
 		return nil, errors.New("the daemon stops before its first pass")
 	}
-	counted, err := d.kernel.tally.counters(ctx)
+	counted, err := d.kernel.tally.counts(ctx)
 	status := control.NewStatus(dataplaneNFTables, snapshot, counted, err)
 	d.checks.describe(status)
 	return status, nil

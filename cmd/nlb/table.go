@@ -5,7 +5,9 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -22,6 +24,7 @@ func renderStatus(w io.Writer, s *control.Status, now time.Time) error {
 	for _, g := range s.TargetGroups {
 		renderGroup(&b, g, now)
 	}
+	renderTotals(&b, s.Totals)
 	_, err := b.WriteTo(w)
 	return err
 }
@@ -76,6 +79,19 @@ func renderGroup(b *bytes.Buffer, g control.TargetGroup, now time.Time) {
 		})
 	}
 	renderRows(b, rows)
+}
+
+// renderTotals names what was counted, and is silent about what never happened.
+func renderTotals(b *bytes.Buffer, totals map[string]uint64) {
+	var words []string
+	for _, name := range slices.Sorted(maps.Keys(totals)) {
+		if n := totals[name]; n > 0 {
+			words = append(words, fmt.Sprintf("%s %d", name, n))
+		}
+	}
+	if len(words) > 0 {
+		fmt.Fprintf(b, "\n%s\n", strings.Join(words, ", "))
+	}
 }
 
 // weightWords shows what new flows see, where it is not what was configured.

@@ -24,11 +24,19 @@ func newValidate() *cobra.Command {
 			for _, g := range cfg.Spec.TargetGroups {
 				targets += len(g.Targets)
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is valid: %d VIPs, %d listeners, %d target groups, %d targets\n",
-				path, len(cfg.Spec.VIPs), len(cfg.Spec.Listeners), len(cfg.Spec.TargetGroups), targets)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is valid: %s, %s, %s, %s\n", path,
+				several(len(cfg.Spec.VIPs), "VIP"), several(len(cfg.Spec.Listeners), "listener"),
+				several(len(cfg.Spec.TargetGroups), "target group"), several(targets, "target"))
 			return err
 		},
 	}
 	addConfig(cmd.Flags())
 	return cmd
+}
+
+func several(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
 }
