@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -137,7 +138,7 @@ func (d *daemon) start() {
 			d.t.Fatalf("nlb serve ended: %v\n%s", d.err, d.log)
 		default:
 		}
-		s, err := d.client.Status(soon(d.t))
+		s, err := d.ask()
 		switch {
 		case err != nil:
 			return err
@@ -231,7 +232,7 @@ func (d *daemon) stop() {
 	if d.cmd == nil {
 		d.t.Fatal("no daemon runs")
 	}
-	_ = d.cmd.Process.Signal(os.Interrupt)
+	_ = d.cmd.Process.Signal(syscall.SIGTERM)
 	if d.await(); d.err != nil {
 		d.t.Errorf("nlb serve: %v\n%s", d.err, d.log)
 	}
@@ -337,11 +338,17 @@ func must(t *testing.T, n *lab.Node, argv ...string) string {
 // status is what the daemon says of itself.
 func (d *daemon) status() *control.Status {
 	d.t.Helper()
-	s, err := d.client.Status(soon(d.t))
+	s, err := d.ask()
 	if err != nil {
 		d.t.Fatal(err)
 	}
 	return s
+}
+
+func (d *daemon) ask() (*control.Status, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	return d.client.Status(ctx)
 }
 
 // group is the status of one target group.
@@ -440,7 +447,8 @@ func serveOn(t *testing.T, n *lab.Node, o lab.Serve) *lab.Listeners {
 	return l
 }
 
-// call makes calls from a node and counts what came of them.
+// call makes calls from a node and counts what came of them. Without a timeout
+// they have the time that a busy machine may take.
 func call(t *testing.T, n *lab.Node, c lab.Call) lab.Tally {
 	t.Helper()
 	return lab.Count(replies(t, n, c))
@@ -448,6 +456,9 @@ func call(t *testing.T, n *lab.Node, c lab.Call) lab.Tally {
 
 func replies(t *testing.T, n *lab.Node, c lab.Call) []lab.Reply {
 	t.Helper()
+	if c.Timeout == 0 {
+		c.Timeout = limit / 4
+	}
 	all, err := n.Agent().Call(soon(t), c)
 	if err != nil {
 		t.Fatal(err)
