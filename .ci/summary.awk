@@ -1,0 +1,54 @@
+# Reads the output of go test -v for any number of packages. Prints one line for
+# each package, the output of tests that failed and the names of those that were
+# skipped. Writes to the file that the variable sum names: N passed, N failed, N skipped.
+#
+# Tests and subtests count. A package that fails without a failed test (it does
+# not compile, or it panics) counts as one. Exits with 1 unless all passed.
+
+# A test's output follows its name (cmd/internal/test2json).
+/^=== (RUN|CONT|NAME|PAUSE) / { test = $3; next }
+
+# A test may have printed the beginning of the line.
+match($0, /--- (PASS|FAIL|SKIP): /) {
+	verdict = substr($0, RSTART + 4, 4)
+	name = substr($0, RSTART + RLENGTH)
+	sub(/ \([0-9.]+s\)$/, "", name)
+	count[verdict]++
+	here[verdict]++
+	if (verdict == "FAIL") failed[++failures] = name
+	if (verdict == "SKIP") skipped[++skips] = name
+	test = name # what follows explains it, up to the next name
+	next
+}
+
+/^(ok  |FAIL|---|\?   )\t/ {
+	split($0, field, "\t")
+	package = field[2]
+	if ($1 == "FAIL") {
+		if (!here["FAIL"]) count["FAIL"]++
+		print
+		printf "%s", said[""] # build errors, panics
+		for (i = 1; i <= failures; i++)
+			printf "--- FAIL: %s %s\n%s", package, failed[i], said[failed[i]]
+	} else if ($1 == "ok") {
+		printf "ok   %-24s %5d passed  %s\n", package, here["PASS"], field[3]
+	}
+	for (i = 1; i <= skips; i++) {
+		printf "SKIPPED: %s %s\n%s", package, skipped[i], said[skipped[i]]
+	}
+	fflush()
+	delete said; delete here; delete failed; delete skipped
+	failures = skips = 0
+	test = ""
+	next
+}
+
+/^(PASS|FAIL|coverage: .*|exit status [0-9]+)$/ { test = ""; next }
+
+{ said[test] = said[test] $0 "\n" }
+
+END {
+	printf "%s", said[""]
+	printf "%d passed, %d failed, %d skipped\n", count["PASS"], count["FAIL"], count["SKIP"] >sum
+	exit count["PASS"] == 0 || count["FAIL"] > 0 || count["SKIP"] > 0
+}

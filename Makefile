@@ -1,0 +1,68 @@
+# Run `make` or `make help` for the list of targets.
+
+GO          ?= go
+FUZZTIME    ?= 10s
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS   += --no-print-directory
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help build demo test lint check vulncheck fuzz bench-scale deps clean need-go need-root
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: need-go ## build bin/nlb
+	@$(GO) build -o bin/nlb ./cmd/nlb
+
+demo: need-root need-go ## show on one screen what nlb does, with real packets; root, about 10 s
+	@deploy/install-packages demo
+	@$(MAKE) build
+	@$(GO) build -o bin/nlb-demo ./bench/demo
+	@exec bin/nlb-demo -nlb bin/nlb
+
+test: need-root need-go deps check ## everything that is checked: lint, vulnerabilities, all tests with the race detector; root
+	@GO=$(GO) .ci/test
+
+lint: need-go ## gofmt, go vet, staticcheck
+	@unformatted=$$(gofmt -l .); \
+		if [[ -n $$unformatted ]]; then echo "gofmt -w would change:"; echo "$$unformatted"; exit 1; fi
+	@$(GO) vet ./...
+	@$(GO) run $(STATICCHECK) ./...
+
+check: lint vulncheck ## lint, and known vulnerabilities where their database is reachable
+
+# The tool's modules and the database come from different places: without either
+# there is nothing to run. A finding fails.
+vulncheck: need-go
+	@if curl -fsS -m 10 -o /dev/null https://vuln.go.dev/index/db.json 2>/dev/null && \
+		$(GO) run $(GOVULNCHECK) -version >/dev/null 2>&1; \
+	then $(GO) run $(GOVULNCHECK) ./...; \
+	else echo "govulncheck: not reachable, not run"; fi
+
+fuzz: need-root need-go ## fuzz each parser for FUZZTIME (10s); root
+	@grep -rn --include='*_test.go' '^func Fuzz' . | sed -E 's|^(.*)/[^/]*:[0-9]+:func (Fuzz[A-Za-z0-9]*).*|\1 \2|' | \
+		while read -r package name; do \
+			echo "$$package $$name"; \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package"; \
+		done
+
+bench-scale: need-root need-go ## measure what a thousand listeners cost; root
+	@$(GO) test -run '^$$' -bench Scale -benchtime 1x ./balancer/nft
+
+deps: ## install the Debian packages that the tests need (deploy/packages)
+	@deploy/install-packages test
+
+clean: ## remove what was built
+	@rm -rf bin
+
+need-root:
+	@if [[ $$(id -u) != 0 ]]; then \
+		echo 'This needs root, because it makes network namespaces: sudo env PATH="$$PATH" make $(MAKECMDGOALS)'; exit 1; fi
+
+need-go:
+	@if ! command -v $(GO) >/dev/null; then \
+		echo "This needs Go 1.26 or later, and there is no \"$(GO)\" in PATH: see https://go.dev/doc/install"; exit 1; fi

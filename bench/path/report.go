@@ -1,0 +1,152 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// headroom is how much faster than a way the way without any balancer has to
+// be. With less, the generator is most of what was measured.
+const headroom = 1.1
+
+// A report is the outcome; its JSON form is stable, but for more fields.
+type report struct {
+	Kernel  string         `json:"kernel"`
+	Core    int            `json:"core"`
+	Rounds  int            `json:"rounds"`
+	Seconds float64        `json:"seconds"`
+	Metrics []metricReport `json:"metrics"`
+}
+
+type metricReport struct {
+	Name string      `json:"name"`
+	Ways []wayReport `json:"ways"`
+}
+
+type wayReport struct {
+	Name string `json:"name"`
+	// Rates are per second that the core worked on the path, by round.
+	Rates []float64 `json:"rates"`
+	Rate  Summary   `json:"rate"`
+	// WallRate is per second that passed. It is lower where other programs had
+	// the core.
+	WallRate Summary `json:"wall_rate"`
+	Lost     int     `json:"lost"` // packets, in all rounds
+	// Daemon is nlb's own CPU time, per second of the whole benchmark. What of it
+	// fell into this way's turns is in Rates; the rest would show here if the
+	// daemon put off work that flows make for it.
+	Daemon float64 `json:"daemon_seconds_per_second"`
+	// AddedNS is what a packet or connection costs more than without a balancer.
+	AddedNS Summary `json:"added_ns"`
+	// Against is the way that this one is compared with, and Ratio this one's
+	// rate divided by that one's.
+	Against string   `json:"against,omitempty"`
+	Ratio   *Summary `json:"ratio,omitempty"`
+	// BoundedByGenerator says that the rate is too near that without a balancer.
+	BoundedByGenerator bool `json:"bounded_by_generator"`
+}
+
+func newReport(o options, all []samples) (*report, error) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return nil, err
+	}
+	r := &report{Kernel: unix.ByteSliceToString(u.Release[:]), Core: o.core, Rounds: o.rounds, Seconds: o.seconds}
+	for i, m := range metrics {
+		r.Metrics = append(r.Metrics, metricReport{m.name, compare(ways, all[i])})
+	}
+	return r, nil
+}
+
+// compare makes the report of one metric. The first way is the one without a
+// balancer.
+func compare(ways []way, all samples) []wayReport {
+	reports := make([]wayReport, len(ways))
+	at := map[string]int{}
+	for i, w := range ways {
+		at[w.name] = i
+		r := &reports[i]
+		r.Name, r.Against = w.name, w.against
+		var wall []float64
+		var daemon, around time.Duration
+		for _, s := range all[i] {
+			r.Rates = append(r.Rates, s.rate())
+			wall = append(wall, float64(s.received)/s.passed.Seconds())
+			r.Lost += s.sent - s.received
+			around += s.around
+			daemon += s.daemon
+		}
+		r.Daemon = daemon.Seconds() / around.Seconds()
+		r.Rate, r.WallRate = summarize(r.Rates), summarize(wall)
+		r.AddedNS = pairwise(r.Rates, reports[0].Rates, costMore)
+		r.BoundedByGenerator = i > 0 && pairwise(reports[0].Rates, r.Rates, ratio).Median < headroom
+		if w.against == "" {
+			continue
+		}
+		other := reports[at[w.against]].Rates
+		between := pairwise(r.Rates, other, ratio)
+		r.Ratio = &between
+	}
+	return reports
+}
+
+func (r *report) write(w io.Writer, format string) error {
+	if format == "json" {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		return e.Encode(r)
+	}
+	return r.table(w)
+}
+
+func (r *report) table(w io.Writer) error {
+	fmt.Fprintf(w, "Linux %s, core %d, %d rounds of %g s. Rates are per second that the core worked on them.\n", r.Kernel, r.Core, r.Rounds, r.Seconds)
+	for _, m := range r.Metrics {
+		if _, err := fmt.Fprintf(w, "\n%s\n%s", m.Name, m.table()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (m *metricReport) table() string {
+	var b strings.Builder
+	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "\tmedian\tmin .. max\tadded\tratio\tmin .. max\tto\t")
+	for _, row := range m.Ways {
+		fmt.Fprintln(t, strings.Join(row.cells(), "\t"))
+	}
+	_ = t.Flush() // to memory
+	var trimmed strings.Builder
+	for line := range strings.Lines(b.String()) {
+		trimmed.WriteString(strings.TrimRight(line, " \n") + "\n")
+	}
+	return trimmed.String()
+}
+
+// cells are as many for every way: a column ends where a line has none.
+func (r *wayReport) cells() []string {
+	cells := []string{"  " + r.Name, fmt.Sprintf("%.0f", r.Rate.Median), fmt.Sprintf("%.0f .. %.0f", r.Rate.Min, r.Rate.Max), "-", "", "", ""}
+	if r.AddedNS != (Summary{}) {
+		cells[3] = fmt.Sprintf("%+.0f ns", r.AddedNS.Median)
+	}
+	if r.Ratio != nil {
+		cells[4] = fmt.Sprintf("%.3f", r.Ratio.Median)
+		cells[5] = fmt.Sprintf("%.3f .. %.3f", r.Ratio.Min, r.Ratio.Max)
+		cells[6] = r.Against
+	}
+	var remarks []string
+	if r.BoundedByGenerator {
+		remarks = append(remarks, "bounded by the generator")
+	}
+	if r.Lost > 0 {
+		remarks = append(remarks, fmt.Sprintf("%d lost", r.Lost))
+	}
+	return append(cells, strings.Join(remarks, ", "))
+}
