@@ -109,7 +109,7 @@ func (p *Prober) chooseSource(c *Check, r *Result) bool {
 			r.fail("connect", err)
 			return false
 		}
-		if p.Forbidden(source) && p.Instead != nil {
+		if p.Instead != nil && p.Forbidden(source) {
 			if other := p.Instead(c.Target.Addr()); other.IsValid() {
 				source, c.Source = other, other
 			}
