@@ -291,16 +291,32 @@ func noneLeft(t *testing.T, prefix string) {
 	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || bytes.Contains(mounts, []byte(prefix)) {
 		t.Errorf("mounts are left (%v):\n%s", err, mounts)
 	}
-	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	// A command that was just starting when its namespace went finds that out
+	// and ends, a moment later.
+	deadline := time.Now().Add(10 * time.Second)
+	left := processesOf(t, prefix)
+	for ; len(left) > 0 && time.Now().Before(deadline); left = processesOf(t, prefix) {
+		<-time.After(10 * time.Millisecond)
+	}
+	for _, line := range left {
+		t.Errorf("a process is left: %q", line)
+	}
+}
+
+// processesOf lists the command lines that name the lab.
+func processesOf(t *testing.T, prefix string) (found []string) {
+	t.Helper()
+	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range lines {
+	for _, path := range paths {
 		// One that ended since is unreadable, one that was killed has an empty line.
 		if line, err := os.ReadFile(path); err == nil && bytes.Contains(line, []byte(prefix)) {
-			t.Errorf("%s is left: %q", path, line)
+			found = append(found, string(line))
 		}
 	}
+	return found
 }
 
 // buildAndWait is the child of the next two tests.
