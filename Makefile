@@ -10,7 +10,7 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-print-directory
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build demo test lint check vulncheck fuzz bench-scale deps clean need-go need-root
+.PHONY: help build demo test lint check vulncheck fuzz bench-scale bench-path deps clean need-go need-root
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ fuzz: need-root need-go ## fuzz each parser for FUZZTIME (10s); root
 
 bench-scale: need-root need-go ## measure what a thousand listeners cost; root
 	@$(GO) test -run '^$$' -bench Scale -benchtime 1x ./balancer/nft
+
+bench-path: need-root need-go build ## compare the established path with the smallest ruleset that does the job; root, about 45 s
+	@$(GO) run ./bench/path -nlb bin/nlb
 
 deps: ## install the Debian packages that the tests need (deploy/packages)
 	@deploy/install-packages test
