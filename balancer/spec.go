@@ -229,6 +229,9 @@ type HealthCheck struct {
 	UnhealthyThreshold int
 	Source             netip.Addr // zero: chosen from SourceAddresses or the route
 	ProxyProtocolLocal bool       // a PROXY v2 LOCAL header goes first
+	VerifyTLS          bool       // HTTPS: demand a certificate chain to a trusted root
+	ServerName         string     // HTTPS: SNI, and the name that VerifyTLS demands; empty: no SNI, and the target's address
+	TrustedRoots       string     // HTTPS: the PEM certificates that VerifyTLS trusts; empty: the host's roots
 }
 
 // A StatusRange is an inclusive range of HTTP status codes.

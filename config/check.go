@@ -299,6 +299,9 @@ func (c *checker) checkHealthCheck(g *rawTargetGroup) {
 	if h.Protocol.OK && h.Protocol.V == balancer.CheckTCP {
 		c.httpOnly(h)
 	}
+	if h.Protocol.OK {
+		c.checkTLS(h)
+	}
 	if h.Interval.OK && h.Timeout.OK && h.Timeout.Written && h.Timeout.V > h.Interval.V {
 		c.r.add(h.Timeout.place, fmt.Sprintf("%s is longer than the interval of %s, so that probes would pile up", short(h.Timeout.V), short(h.Interval.V)), "at most the interval")
 	}
@@ -320,6 +323,28 @@ func (c *checker) httpOnly(h *rawHealthCheck) {
 	refuse(h.Path.place, h.Path.Written && h.Path.OK, h.Path.V == "/")
 	refuse(h.Host.place, h.Host.Written && h.Host.OK, h.Host.V == "")
 	refuse(h.Matcher.place, h.Matcher.Written && h.Matcher.OK, slices.Equal(h.Matcher.V, []balancer.StatusRange{{First: 200, Last: 399}}))
+}
+
+// checkTLS reports what a check without TLS, or one that verifies nothing, would
+// ignore: a file that looks as if targets were authenticated had better do so.
+func (c *checker) checkTLS(h *rawHealthCheck) {
+	verify := h.VerifyTLS.OK && h.VerifyTLS.V
+	named := h.ServerName.OK && h.ServerName.V != ""
+	rooted := h.CAFile.OK && h.CAFile.V != ""
+	if h.Protocol.V != balancer.CheckHTTPS {
+		refuse := func(at place, written bool) {
+			if written {
+				c.r.add(at, "a check with protocol: "+h.Protocol.V.String()+" speaks no TLS", "protocol: HTTPS, or leave the key out")
+			}
+		}
+		refuse(h.VerifyTLS.place, verify)
+		refuse(h.ServerName.place, named)
+		refuse(h.CAFile.place, rooted)
+		return
+	}
+	if rooted && h.VerifyTLS.OK && !verify {
+		c.r.add(h.CAFile.place, "without verify_tls no certificate is looked at", "verify_tls: true, or leave the key out")
+	}
 }
 
 func (c *checker) checkTargets(g *rawTargetGroup) {

@@ -78,8 +78,9 @@ func Reference() []byte { return append([]byte(nil), reference...) }
 //
 // A variable that is set but empty counts, so that NLB_METRICS_ADDRESS= turns
 // metrics off. An empty path stands for --config, NLB_CONFIG or DefaultFile, in
-// that order. What the text has wrong comes back as Problems; other errors say
-// that the file could not be read.
+// that order. Certificates that the text names are read too. What the text has
+// wrong, or a file that it names, comes back as Problems; other errors say that
+// the file itself could not be read.
 func Load(path string, flags *pflag.FlagSet) (*Config, error) {
 	over, err := newOverlay(flags)
 	if err != nil {
@@ -96,11 +97,14 @@ func Load(path string, flags *pflag.FlagSet) (*Config, error) {
 }
 
 // Parse checks data, the text of the file called name, and returns what it says.
-// It looks at nothing but its arguments. An error is always of type Problems.
+// It looks at nothing but its arguments: the files that the text names are not
+// read, and TrustedRoots stays empty. An error is always of type Problems.
 func Parse(name string, data []byte) (*Config, error) {
 	return parse(name, data, nil)
 }
 
+// parse lays over over the text, and reads the files that the text names, unless
+// over is nil.
 func parse(name string, data []byte, over *overlay) (*Config, error) {
 	r := newReport(name, data)
 	root := document(data, r)
@@ -115,6 +119,9 @@ func parse(name string, data []byte, over *overlay) (*Config, error) {
 		}
 	}
 	file.check(r)
+	if over != nil {
+		file.readRoots(r)
+	}
 	if err := r.err(); err != nil {
 		return nil, err
 	}

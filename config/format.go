@@ -515,6 +515,32 @@ func (hostHeader) schema(reflect.StructTag) *jsonschema.Schema {
 	return &jsonschema.Schema{Type: "string", Pattern: `^[^\s/\\@?#]{0,261}$`}
 }
 
+// hostName is a DNS name as it goes into SNI, or "": no address and no final dot
+// (RFC 6066, 3), and other scripts in their ASCII form.
+type hostName struct{}
+
+var hostNameExpr = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?)*$`)
+
+func (hostName) parse(w word, tag reflect.StructTag) (string, *fault) {
+	const longest = 253 // 255 bytes on the wire (RFC 1035, 2.3.4)
+	if w.text == "" {
+		return "", nil
+	}
+	if _, err := netip.ParseAddr(w.text); err == nil {
+		return "", &fault{quote(w.text) + " is an address, which SNI cannot carry", "a name, or leave the key out to demand the target's address"}
+	}
+	if len(w.text) > longest || !hostNameExpr.MatchString(w.text) {
+		return "", &fault{what: quote(w.text) + " is not a host name"}
+	}
+	return w.text, nil
+}
+
+func (hostName) want(reflect.StructTag) string { return `such as www.example.com, or ""` }
+
+func (hostName) schema(reflect.StructTag) *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: `^[A-Za-z0-9_.-]{0,253}$`}
+}
+
 // matcher lists the HTTP status codes that mean healthy, as ELBv2 writes them.
 type matcher struct{}
 
@@ -566,7 +592,9 @@ func (matcher) schema(reflect.StructTag) *jsonschema.Schema {
 // folder is an absolute path.
 type folder struct{}
 
-func (folder) parse(w word, tag reflect.StructTag) (string, *fault) {
+func (folder) parse(w word, tag reflect.StructTag) (string, *fault) { return absolutePath(w) }
+
+func absolutePath(w word) (string, *fault) {
 	control := strings.ContainsFunc(w.text, func(c rune) bool { return c < ' ' || c == 0x7f })
 	if !filepath.IsAbs(w.text) || control {
 		return "", &fault{what: quote(w.text) + " is not an absolute path"}
@@ -578,4 +606,25 @@ func (folder) want(reflect.StructTag) string { return "such as /var/lib/nlb" }
 
 func (folder) schema(reflect.StructTag) *jsonschema.Schema {
 	return &jsonschema.Schema{Type: "string", Pattern: `^/`}
+}
+
+// file is the absolute path of a file to read, or "": what a relative one means
+// would depend on where the daemon was started.
+type file struct{}
+
+func (file) parse(w word, tag reflect.StructTag) (string, *fault) {
+	const longest = 4095 // PATH_MAX (linux/limits.h) without its final NUL
+	switch {
+	case w.text == "":
+		return "", nil
+	case len(w.text) > longest:
+		return "", &fault{what: fmt.Sprintf("%s is %d bytes long", quote(w.text), len(w.text))}
+	}
+	return absolutePath(w)
+}
+
+func (file) want(reflect.StructTag) string { return `such as /etc/nlb/ca.pem, or ""` }
+
+func (file) schema(reflect.StructTag) *jsonschema.Schema {
+	return &jsonschema.Schema{Type: "string", Pattern: `^(/.*)?$`}
 }

@@ -151,6 +151,11 @@ type rawHealthCheck struct {
 	UnhealthyThreshold rawInt                                 `yaml:"unhealthy_threshold" default:"2" range:"1-10" doc:"Failures in a row that make a target unhealthy."`
 	Source             rawAddress                             `yaml:"source" optional:"true" default:"" doc:"The source address of probes, in place of source_addresses. Never a VIP."`
 	ProxyProtocol      rawWord                                `yaml:"proxy_protocol" enum:"none|local" default:"none" doc:"local sends a PROXY v2 LOCAL header first."`
+	VerifyTLS          rawBool                                `yaml:"verify_tls" default:"false" doc:"Whether the target's certificate must be valid for its name and chain to a trusted root; HTTPS only."`
+	ServerName         value[string, hostName]                `yaml:"server_name" default:"" doc:"The name in SNI, which is also the one that verify_tls demands; empty is no SNI, and the target's address. HTTPS only."`
+	CAFile             value[string, file]                    `yaml:"ca_file" default:"" doc:"A PEM file of the root certificates that verify_tls trusts; empty is the host's roots. HTTPS only."`
+
+	trustedRoots string // what CAFile holds, once it was read
 }
 
 type rawTarget struct {

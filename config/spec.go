@@ -92,6 +92,9 @@ func (h *rawHealthCheck) spec() balancer.HealthCheck {
 		UnhealthyThreshold: h.UnhealthyThreshold.V,
 		Source:             h.Source.V,
 		ProxyProtocolLocal: h.ProxyProtocol.V == "local",
+		VerifyTLS:          h.VerifyTLS.V,
+		ServerName:         h.ServerName.V,
+		TrustedRoots:       h.trustedRoots,
 	}
 }
 

@@ -76,9 +76,12 @@ type Check struct {
 	// ServerName goes into SNI, and is what VerifyTLS compares with; empty:
 	// no SNI, and VerifyTLS compares with the address.
 	ServerName string
-	// VerifyTLS demands a certificate chain to a known root. A Network Load
-	// Balancer does not verify its targets' certificates.
+	// VerifyTLS demands a certificate that is valid now, for that name and
+	// from a trusted root. A Network Load Balancer does not verify its
+	// targets' certificates.
 	VerifyTLS bool
+	// Roots is what VerifyTLS trusts; nil: those of the Prober.
+	Roots *Roots
 }
 
 // A Key identifies a Check: two checks with the same Key send the same packets
@@ -94,6 +97,7 @@ type Key struct {
 	local              bool
 	serverName         string
 	verify             bool
+	roots              digest
 }
 
 // Key returns what identifies the check. Fields that the protocol does not use
@@ -109,6 +113,7 @@ func (c Check) key() Key {
 		interval: c.Interval, timeout: c.Timeout,
 		healthy: c.HealthyThreshold, unhealthy: c.UnhealthyThreshold,
 		local: c.ProxyProtocolLocal, serverName: c.ServerName, verify: c.VerifyTLS,
+		roots: c.Roots.digest(),
 	}
 }
 
@@ -137,6 +142,9 @@ func (c Check) complete() Check {
 	}
 	if c.Protocol != HTTPS {
 		c.ServerName, c.VerifyTLS = "", false
+	}
+	if !c.VerifyTLS {
+		c.Roots = nil
 	}
 	return c
 }

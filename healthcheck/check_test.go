@@ -18,6 +18,12 @@ func TestKey(t *testing.T) {
 		change(&c)
 		return c
 	}
+	https := Check{Target: target, Protocol: HTTPS}
+	withTLS := func(change func(*Check)) Check {
+		c := https
+		change(&c)
+		return c
+	}
 	tests := map[string]struct {
 		a, b Check
 		same bool
@@ -33,17 +39,30 @@ func TestKey(t *testing.T) {
 			Check{Target: target, Path: "/a", Host: "a", Matcher: []StatusRange{{200, 200}}, ServerName: "a", VerifyTLS: true},
 			Check{Target: target}, true},
 		"HTTP has no certificate": {base, with(func(c *Check) { c.VerifyTLS, c.ServerName = true, "a" }), true},
-		"a mapped address":        {base, with(func(c *Check) { c.Target = netip.MustParseAddrPort("[::ffff:10.0.1.11]:8080") }), true},
-		"another port":            {base, with(func(c *Check) { c.Target = netip.MustParseAddrPort("10.0.1.11:8081") }), false},
-		"another protocol":        {base, with(func(c *Check) { c.Protocol = HTTPS }), false},
-		"another path":            {base, with(func(c *Check) { c.Path = "/health" }), false},
-		"another host":            {base, with(func(c *Check) { c.Host = "a" }), false},
-		"another matcher":         {base, with(func(c *Check) { c.Matcher = []StatusRange{{200, 200}} }), false},
-		"another interval":        {base, with(func(c *Check) { c.Interval = time.Second }), false},
-		"another timeout":         {base, with(func(c *Check) { c.Timeout = time.Second }), false},
-		"another threshold":       {base, with(func(c *Check) { c.UnhealthyThreshold = 3 }), false},
-		"another source":          {base, with(func(c *Check) { c.Source = netip.MustParseAddr("10.0.0.2") }), false},
-		"a PROXY header":          {base, with(func(c *Check) { c.ProxyProtocolLocal = true }), false},
+		"HTTP has no roots":       {base, with(func(c *Check) { c.VerifyTLS, c.Roots = true, NewRoots("a") }), true},
+		"nobody asks the roots":   {https, withTLS(func(c *Check) { c.Roots = NewRoots("a") }), true},
+		"the same roots": {
+			withTLS(func(c *Check) { c.VerifyTLS, c.Roots = true, NewRoots("a") }),
+			withTLS(func(c *Check) { c.VerifyTLS, c.Roots = true, NewRoots("a") }), true},
+		"other roots": {
+			withTLS(func(c *Check) { c.VerifyTLS, c.Roots = true, NewRoots("a") }),
+			withTLS(func(c *Check) { c.VerifyTLS, c.Roots = true, NewRoots("b") }), false},
+		"no roots or roots that trust nobody": {
+			withTLS(func(c *Check) { c.VerifyTLS = true }),
+			withTLS(func(c *Check) { c.VerifyTLS, c.Roots = true, NewRoots("") }), false},
+		"another server name": {https, withTLS(func(c *Check) { c.ServerName = "a" }), false},
+		"a certificate":       {https, withTLS(func(c *Check) { c.VerifyTLS = true }), false},
+		"a mapped address":    {base, with(func(c *Check) { c.Target = netip.MustParseAddrPort("[::ffff:10.0.1.11]:8080") }), true},
+		"another port":        {base, with(func(c *Check) { c.Target = netip.MustParseAddrPort("10.0.1.11:8081") }), false},
+		"another protocol":    {base, with(func(c *Check) { c.Protocol = HTTPS }), false},
+		"another path":        {base, with(func(c *Check) { c.Path = "/health" }), false},
+		"another host":        {base, with(func(c *Check) { c.Host = "a" }), false},
+		"another matcher":     {base, with(func(c *Check) { c.Matcher = []StatusRange{{200, 200}} }), false},
+		"another interval":    {base, with(func(c *Check) { c.Interval = time.Second }), false},
+		"another timeout":     {base, with(func(c *Check) { c.Timeout = time.Second }), false},
+		"another threshold":   {base, with(func(c *Check) { c.UnhealthyThreshold = 3 }), false},
+		"another source":      {base, with(func(c *Check) { c.Source = netip.MustParseAddr("10.0.0.2") }), false},
+		"a PROXY header":      {base, with(func(c *Check) { c.ProxyProtocolLocal = true }), false},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

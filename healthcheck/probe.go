@@ -6,9 +6,13 @@ import (
 	"crypto/x509"
 	"errors"
 	"io"
+	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,7 +29,7 @@ type Prober struct {
 	// Instead names an address to probe a target from when the kernel would
 	// take a forbidden one. Nil, or the zero Addr: there is none.
 	Instead func(target netip.Addr) netip.Addr
-	// Roots is what VerifyTLS trusts; nil: the host's roots.
+	// Roots is what checks without Roots of their own trust; nil: the host's.
 	Roots *x509.CertPool
 }
 
@@ -125,27 +129,60 @@ func (p *Prober) chooseSource(c *Check, r *Result) bool {
 func (p *Prober) forbids(a netip.Addr) bool { return p.Forbidden != nil && p.Forbidden(a) }
 
 // askTLS is ask in TLS.
-func (p *Prober) askTLS(s *socket, c Check, r *Result) {
+func (p *Prober) askTLS(s net.Conn, c Check, r *Result) {
 	config := &tls.Config{
 		ServerName:         c.ServerName,
 		InsecureSkipVerify: !c.VerifyTLS,
 		RootCAs:            p.Roots,
 		NextProtos:         []string{"http/1.1"},
 	}
+	if c.Roots != nil {
+		config.RootCAs = c.Roots.pool
+	}
 	if c.VerifyTLS && c.ServerName == "" {
 		config.ServerName = c.Target.Addr().WithZone("").String()
 	}
 	conn := tls.Client(s, config)
 	if err := conn.Handshake(); err != nil {
-		r.fail("TLS handshake", err)
-		if r.Kind == Malformed {
-			r.Kind, r.Detail = TLS, words(err)
-		}
+		r.failTLS(err)
 		return
 	}
 	ask(conn, c, r)
 	// Best effort, as the verdict is in: without it, servers log a truncation.
 	conn.CloseWrite()
+}
+
+// failTLS says what the error of a handshake means.
+func (r *Result) failTLS(err error) {
+	var noRoots x509.SystemRootsError
+	if errors.As(err, &noRoots) {
+		r.Kind, r.Detail = Unmade, noRoots.Error()
+		return
+	}
+	r.fail("TLS handshake", err)
+	if r.Kind == Malformed {
+		r.Kind, r.Detail = TLS, shown(words(err))
+	}
+}
+
+// shown makes words of the peer's, such as the names in its certificate, fit for
+// a terminal and a log: on one line, and not at length.
+func shown(s string) string {
+	const most = 300
+	s = strings.Map(func(c rune) rune {
+		if unicode.IsPrint(c) {
+			return c
+		}
+		return '?'
+	}, s)
+	if len(s) <= most {
+		return s
+	}
+	cut := most
+	for !utf8.RuneStart(s[cut]) {
+		cut--
+	}
+	return s[:cut] + "..."
 }
 
 // fail says what the error of a step means.

@@ -109,13 +109,16 @@ func checksOf(spec *balancer.Spec) ([]healthcheck.Check, map[healthcheck.Key][]b
 	used := spec.GroupsInUse()
 	var list []healthcheck.Check
 	targets := make(map[healthcheck.Key][]balancer.TargetKey)
+	roots := make(map[string]*healthcheck.Roots)
 	for i := range spec.TargetGroups {
 		g := &spec.TargetGroups[i]
 		if !used[g.Name] {
 			continue
 		}
+		trusted := trustedRoots(g, roots)
 		for _, t := range g.Targets {
 			c := checkOf(spec, g, t)
+			c.Roots = trusted
 			list = append(list, c)
 			targets[c.Key()] = append(targets[c.Key()], balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()})
 		}
@@ -125,6 +128,19 @@ func checksOf(spec *balancer.Spec) ([]healthcheck.Check, map[healthcheck.Key][]b
 
 var checkProtocols = map[balancer.CheckProtocol]healthcheck.Protocol{
 	balancer.CheckTCP: healthcheck.TCP, balancer.CheckHTTP: healthcheck.HTTP, balancer.CheckHTTPS: healthcheck.HTTPS,
+}
+
+// trustedRoots are what the targets of a group are verified with, nil for the
+// host's. Groups that trust the same certificates share them.
+func trustedRoots(g *balancer.TargetGroup, known map[string]*healthcheck.Roots) *healthcheck.Roots {
+	text := g.HealthCheck.TrustedRoots
+	if text == "" {
+		return nil
+	}
+	if known[text] == nil {
+		known[text] = healthcheck.NewRoots(text)
+	}
+	return known[text]
 }
 
 func checkOf(spec *balancer.Spec, g *balancer.TargetGroup, t balancer.Target) healthcheck.Check {
@@ -144,6 +160,8 @@ func checkOf(spec *balancer.Spec, g *balancer.TargetGroup, t balancer.Target) he
 		UnhealthyThreshold: h.UnhealthyThreshold,
 		Source:             spec.ProbeSource(g, t.Address),
 		ProxyProtocolLocal: h.ProxyProtocolLocal,
+		VerifyTLS:          h.VerifyTLS,
+		ServerName:         h.ServerName,
 	}
 	for _, r := range h.Matcher {
 		c.Matcher = append(c.Matcher, healthcheck.StatusRange(r))
