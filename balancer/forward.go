@@ -9,9 +9,10 @@ import (
 // Forward decides what traffic should do. It is pure: the same arguments give
 // the same, sorted, answer.
 //
-// Only target groups that a listener forwards to become Pools. A target that
-// takes no new flows stays in its Pool with weight 0, so that its flows live on;
-// one whose deregistration ended leaves.
+// Only target groups that a listener forwards to become Pools, and those with
+// targets that still drain. A target that takes no new flows stays in its Pool
+// with weight 0, so that its flows live on; one whose deregistration ended
+// leaves, when its flows were ended if that is to be.
 func Forward(spec *Spec, seen View) *Desired {
 	return forward(spec, seen, Targets(spec, seen))
 }
@@ -111,13 +112,36 @@ func service(groups map[string]*TargetGroup, l Listener) VirtualService {
 
 func pools(spec *Spec, groups map[string]*TargetGroup, seen View, statuses []TargetGroupStatus) []Pool {
 	used := spec.GroupsInUse()
+	protocols := protocolsOf(spec)
 	var pools []Pool
 	for _, status := range statuses {
-		if used[status.Name] {
-			pools = append(pools, pool(spec, groups[status.Name], status, seen))
+		g := groups[status.Name]
+		if g == nil { // gone, but its targets still have flows
+			g = &TargetGroup{Name: status.Name, Protocol: status.Protocol, ClientIP: status.ClientIP}
+		}
+		p := pool(spec, g, status, seen)
+		if p.Protocols = protocols[g.Name]; p.Protocols == nil {
+			p.Protocols = g.Protocol.Numbers()
+		}
+		if used[status.Name] || len(p.Destinations) > 0 {
+			pools = append(pools, p)
 		}
 	}
 	return pools
+}
+
+// protocolsOf lists the IP protocols in which listeners forward to each group.
+func protocolsOf(spec *Spec) map[string][]uint8 {
+	byGroup := make(map[string][]uint8, len(spec.TargetGroups))
+	for _, l := range spec.Listeners {
+		for _, f := range l.Forward {
+			byGroup[f.TargetGroup] = append(byGroup[f.TargetGroup], l.Protocol.Numbers()...)
+		}
+	}
+	for name, numbers := range byGroup {
+		byGroup[name] = sortedSet(numbers, cmp.Compare[uint8])
+	}
+	return byGroup
 }
 
 func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool {
@@ -128,16 +152,17 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 		Sticky:    g.Stickiness == StickySourceIP,
 	}
 	for _, t := range status.Targets {
-		if t.State == Unused {
+		if t.State == Unused && !t.Terminate {
 			continue
 		}
 		route := seen.Routes[t.Target.Address]
 		p.Destinations = append(p.Destinations, Destination{
-			Address: t.Target.Address,
-			Port:    t.Target.Port,
-			Weight:  t.Share,
-			Domain:  domain(g, t.Target, route),
-			Source:  source(spec, t.Target.Address, route),
+			Address:   t.Target.Address,
+			Port:      t.Target.Port,
+			Weight:    t.Share,
+			Terminate: t.Terminate,
+			Domain:    domain(g, t.Target, route),
+			Source:    source(spec, t.Target.Address, route),
 		})
 	}
 	return p

@@ -66,11 +66,11 @@ func TestForward(t *testing.T) {
 					Allow: nil, Pools: []WeightedPool{{"b", 1}}, Sticky: true},
 			},
 			Pools: []Pool{
-				{Name: "a", ClientIP: Preserve, AvoidSelf: true, Destinations: []Destination{
+				{Name: "a", Protocols: []uint8{6, 17}, ClientIP: Preserve, AvoidSelf: true, Destinations: []Destination{
 					{Address: addr("10.0.1.11"), Port: 53, Weight: 1, Domain: prefixes("10.0.1.11/32")},
 					{Address: addr("10.0.1.12"), Port: 53, Weight: 0, Domain: prefixes("10.0.1.12/32")},
 				}},
-				{Name: "b", ClientIP: HairpinSNAT, Sticky: true, Destinations: []Destination{
+				{Name: "b", Protocols: []uint8{6, 17}, ClientIP: HairpinSNAT, Sticky: true, Destinations: []Destination{
 					{Address: addr("10.0.2.11"), Port: 53, Weight: 1, Domain: prefixes("10.0.2.0/24", "10.244.1.0/24")},
 					{Address: addr("2001:db8:1::11"), Port: 53, Weight: 2, Domain: prefixes("2001:db8:1::/64"), Source: addr("2001:db8:1::2")},
 				}},
@@ -140,14 +140,14 @@ func TestTargetStates(t *testing.T) {
 				g.Targets[i].Weight = c.weights[i]
 				key := TargetKey{Group: "web", AddrPort: g.Targets[i].AddrPort()}
 				if s == Draining {
-					seen.Drains[key] = now
+					seen.Drains[key] = Drain{Since: now, Until: now.Add(g.DeregistrationDelay.Timeout)}
 				} else {
 					seen.Health[key] = Health{State: s, Since: now}
 				}
 			}
 			got := Targets(spec, seen)[0]
-			if got.FailOpen != c.failOpen {
-				t.Errorf("fail-open %v, want %v", got.FailOpen, c.failOpen)
+			if got.FailOpen.Open != c.failOpen {
+				t.Errorf("fail-open %v, want %v", got.FailOpen.Open, c.failOpen)
 			}
 			var shares []int
 			for i, s := range got.Targets {
@@ -200,7 +200,7 @@ func TestTargetLife(t *testing.T) {
 			key := webKey("10.0.1.11")
 			seen := View{Health: HealthView{key: c.health}, Now: now.Add(c.after)}
 			if c.drained {
-				seen.Drains = Drains{key: now}
+				seen.Drains = Drains{key: newDrain(&spec.TargetGroups[0], now)}
 			}
 			got := Targets(spec, seen)[0].Targets[0]
 			if diff := cmp.Diff(c.want, got.Health); diff != "" {

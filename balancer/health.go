@@ -48,6 +48,3 @@ type Health struct {
 // A HealthView has what the health checks found, by target. A target that is
 // not in it is Initial.
 type HealthView map[TargetKey]Health
-
-// Drains has the targets that were deregistered at run time, and when.
-type Drains map[TargetKey]time.Time

@@ -20,7 +20,10 @@ type loop struct {
 	key    HashKey
 	health HealthView
 	drains Drains
-	routes map[netip.Addr]Route // nil before the first look
+	// See View.
+	failOpen map[string]FailOpenState
+	leftover map[TargetKey]time.Time
+	routes   map[netip.Addr]Route // nil before the first look
 
 	held     *Desired // the kernel was last seen to hold it; nil: unknown
 	counts   Snapshot // what is carried from one Snapshot to the next
@@ -87,11 +90,11 @@ func (l *loop) receive(ctx context.Context, in inbox) {
 			l.driftAt = l.restUntil
 		}
 	}
-	if in.drains != nil {
-		l.drains = in.drains
-	}
-	if l.spec == nil || (in.health == nil && in.drains == nil) {
+	if l.spec == nil || (in.health == nil && in.leftover == nil) {
 		return
+	}
+	for _, k := range in.leftover {
+		l.leftover[k] = time.Now()
 	}
 	known := targetKeys(l.spec)
 	for k, h := range in.health {
@@ -112,28 +115,37 @@ func targetKeys(spec *Spec) map[TargetKey]bool {
 	return keys
 }
 
-// answer puts another Spec in force, or the former again.
+// answer does what was asked for.
 func (l *loop) answer(ctx context.Context, req request) {
 	if err := req.ctx.Err(); err != nil {
 		req.reply <- err // nobody waits any more
 		return
 	}
-	req.reply <- l.replace(ctx, req.spec)
+	req.reply <- req.do(ctx, l)
 }
 
+// replace puts another Spec in force, or the former again.
 func (l *loop) replace(ctx context.Context, spec *Spec) error {
 	if errs := Unsupported(spec); errs != nil {
 		return errors.Join(errs...)
 	}
-	if err := l.rehearse(ctx, spec); err != nil {
+	drains := l.drains.Follow(l.spec, spec, time.Now())
+	if err := l.rehearse(ctx, spec, drains); err != nil {
 		return err // nothing was touched
+	}
+	// Written down first: a crash in between must not cut the flows of a target
+	// that has left.
+	before := l.drains
+	if err := l.keep(drains); err != nil {
+		return err
 	}
 	done := l.converge(ctx, spec, true)
 	if done.err != nil {
+		err := errors.Join(done.err, l.keep(before))
 		if l.spec != nil {
 			l.pass(ctx, true)
 		}
-		return done.err
+		return err
 	}
 	l.spec = spec
 	l.counts.Generation++
@@ -145,14 +157,64 @@ func (l *loop) replace(ctx context.Context, spec *Spec) error {
 	return nil
 }
 
+// keep makes drains those in force, once they are written down.
+func (l *loop) keep(drains Drains) error {
+	if reflect.DeepEqual(drains, l.drains) {
+		return nil
+	}
+	if err := l.remember(drains); err != nil {
+		return fmt.Errorf("write down which targets drain: %w", err)
+	}
+	l.drains = drains
+	return nil
+}
+
+func (l *loop) drain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
+	key, err := findTarget(l.spec, group, addr, port)
+	if err != nil {
+		return err
+	}
+	if _, already := l.drains[key]; already {
+		return nil
+	}
+	drain := newDrain(l.spec.Group(group), time.Now())
+	next := maps.Clone(l.drains)
+	next[key] = drain
+	if err := l.keep(next); err != nil {
+		return err
+	}
+	l.log.Info("target is deregistered", zap.String("target_group", group),
+		zap.Stringer("target", key.AddrPort), zap.Time("until", drain.Until), zap.Bool("connection_termination", drain.Terminate))
+	l.pass(ctx, false)
+	return l.counts.Err
+}
+
+func (l *loop) undrain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
+	key, err := findTarget(l.spec, group, addr, port)
+	if err != nil {
+		return err
+	}
+	if _, drains := l.drains[key]; !drains {
+		return nil
+	}
+	next := maps.Clone(l.drains)
+	delete(next, key)
+	if err := l.keep(next); err != nil {
+		return err
+	}
+	l.log.Info("target is registered again", zap.String("target_group", group), zap.Stringer("target", key.AddrPort))
+	l.pass(ctx, false)
+	return l.counts.Err
+}
+
 // rehearse finds what can be known to fail without touching anything.
-func (l *loop) rehearse(ctx context.Context, spec *Spec) error {
+func (l *loop) rehearse(ctx context.Context, spec *Spec, drains Drains) error {
 	routes, err := l.findRoutes(ctx, spec)
 	if err != nil {
 		return err
 	}
 	seen := l.view()
-	seen.Routes = routes
+	seen.Routes, seen.Drains = routes, drains
 	_, err = PlanAll(ctx, l.parts, Forward(spec, seen))
 	return err
 }
@@ -160,11 +222,25 @@ func (l *loop) rehearse(ctx context.Context, spec *Spec) error {
 // pass makes the kernel hold the Spec in force and records what came of it.
 // With look it asks the host anew for the routes.
 func (l *loop) pass(ctx context.Context, look bool) {
+	l.tidy(time.Now())
 	done := l.converge(ctx, l.spec, look)
 	if ctx.Err() != nil {
 		return // the stop is the failure
 	}
 	l.settle(done)
+}
+
+// tidy forgets what is over.
+func (l *loop) tidy(now time.Time) {
+	maps.DeleteFunc(l.leftover, func(_ TargetKey, at time.Time) bool { return !now.Before(at.Add(terminateFor)) })
+	next, changed := l.drains.settle(now)
+	if !changed {
+		return
+	}
+	if err := l.keep(next); err != nil {
+		l.log.Error("a drain that is over will be found again after a restart", zap.Error(err))
+		l.drains = next
+	}
 }
 
 // An outcome is what came of one pass.
@@ -213,6 +289,11 @@ func (l *loop) findRoutes(ctx context.Context, spec *Spec) (map[netip.Addr]Route
 			targets = append(targets, t.Address)
 		}
 	}
+	for _, d := range l.drains {
+		if d.Removed {
+			targets = append(targets, d.Target.Address)
+		}
+	}
 	routes, err := l.router.Routes(ctx, sortedSet(targets, netip.Addr.Compare), spec.HasVIP)
 	if err != nil {
 		return nil, fmt.Errorf("find the routes to the targets: %w", err)
@@ -224,7 +305,10 @@ func (l *loop) findRoutes(ctx context.Context, spec *Spec) (map[netip.Addr]Route
 }
 
 func (l *loop) view() View {
-	return View{Key: l.key, Health: l.health, Drains: l.drains, Routes: l.routes, Now: time.Now()}
+	return View{
+		Key: l.key, Health: l.health, Drains: l.drains, Routes: l.routes,
+		FailOpen: l.failOpen, Leftover: l.leftover, Now: time.Now(),
+	}
 }
 
 func (l *loop) wrote(p PartPlan, repair bool) {
@@ -249,6 +333,10 @@ func (l *loop) settle(done outcome) {
 		l.restUntil = now.Add(driftRest * now.Sub(done.begun))
 	}
 	l.changeAt = nextChange(done.groups)
+	l.failOpen = make(map[string]FailOpenState, len(done.groups))
+	for _, g := range done.groups {
+		l.failOpen[g.Name] = g.FailOpen
+	}
 	if done.err != nil {
 		l.failed(done.err, now)
 	} else {
@@ -288,6 +376,10 @@ func (l *loop) publish(done outcome, now time.Time) {
 	stamp(before, next.Groups, now)
 	logTransitions(l.log, before, next.Groups)
 	l.snapshot.Store(&next)
+	select {
+	case l.passed <- struct{}{}:
+	default: // a look that nobody took yet covers this pass
+	}
 	closeOnce(l.attempted)
 	if next.Err == nil {
 		closeOnce(l.converged)
@@ -304,13 +396,17 @@ func closeOnce(c chan struct{}) {
 }
 
 // nextChange is when the first state ends by itself, zero if none does.
-func nextChange(groups []TargetGroupStatus) time.Time {
-	var next time.Time
+func nextChange(groups []TargetGroupStatus) (next time.Time) {
+	sooner := func(t time.Time) {
+		if !t.IsZero() && (next.IsZero() || t.Before(next)) {
+			next = t
+		}
+	}
 	for _, g := range groups {
+		sooner(g.FailOpen.Until)
 		for _, t := range g.Targets {
-			if !t.Until.IsZero() && (next.IsZero() || t.Until.Before(next)) {
-				next = t.Until
-			}
+			sooner(t.Until)
+			sooner(t.TerminateUntil)
 		}
 	}
 	return next

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"math/rand/v2"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -46,6 +47,11 @@ type Options struct {
 	// Health is what was known of the targets before a restart: it holds until
 	// a health check says otherwise.
 	Health HealthView
+	// Drains are those that were under way, or over, before a restart.
+	Drains Drains
+	// Remember keeps drains for a restart. It is called before they take
+	// effect; after an error they do not. Nil keeps nothing.
+	Remember func(Drains) error
 	// Resync is how often the kernel is looked at in any case. 0 means DefaultResync.
 	Resync time.Duration
 }
@@ -59,10 +65,12 @@ type Reconciler struct {
 	resync time.Duration
 	start  loop // Run takes it over
 
+	remember  func(Drains) error
 	requests  chan request
 	wake      chan struct{} // holds one: there is something in the inbox
 	attempted chan struct{} // closed after the first pass
 	converged chan struct{} // closed after the first pass without an error
+	passed    chan struct{} // holds one: there is a new snapshot
 	stopped   chan struct{} // closed when Run returns
 	snapshot  atomic.Pointer[Snapshot]
 
@@ -72,15 +80,15 @@ type Reconciler struct {
 
 // An inbox collects what happened since the loop last looked.
 type inbox struct {
-	health map[TargetKey]Health
-	drains Drains // nil: unchanged
-	drift  bool
+	health   map[TargetKey]Health
+	leftover []TargetKey
+	drift    bool
 }
 
-// A request is a Spec to put in force; reply holds one answer.
+// A request is something that the loop is to do; reply holds one answer.
 type request struct {
 	ctx   context.Context
-	spec  *Spec
+	do    func(context.Context, *loop) error
 	reply chan error
 }
 
@@ -93,12 +101,22 @@ func NewReconciler(o Options) *Reconciler {
 	if health == nil {
 		health = make(HealthView)
 	}
+	if o.Remember == nil {
+		o.Remember = func(Drains) error { return nil }
+	}
+	now := time.Now()
+	drains := o.Drains.overdue(now)
+	if o.Spec != nil {
+		drains = drains.Follow(nil, o.Spec, now)
+	}
 	return &Reconciler{
 		parts:     o.Parts,
 		router:    o.Router,
 		log:       o.Log,
 		resync:    o.Resync,
-		start:     loop{spec: o.Spec, key: o.Key, health: health},
+		start:     loop{spec: o.Spec, key: o.Key, health: health, drains: drains, leftover: make(map[TargetKey]time.Time)},
+		remember:  o.Remember,
+		passed:    make(chan struct{}, 1),
 		requests:  make(chan request),
 		wake:      make(chan struct{}, 1),
 		attempted: make(chan struct{}),
@@ -121,7 +139,24 @@ func (r *Reconciler) Snapshot() *Snapshot { return r.snapshot.Load() }
 // or is being returned to it. When ctx ends before the Reconciler began, nothing
 // happens; when it ends later, the answer is lost and the change is not.
 func (r *Reconciler) SetSpec(ctx context.Context, spec *Spec) error {
-	req := request{ctx: ctx, spec: spec, reply: make(chan error, 1)}
+	return r.request(ctx, func(ctx context.Context, l *loop) error { return l.replace(ctx, spec) })
+}
+
+// Drain deregisters the target of a group that has the address and, unless it
+// is 0, the port: it takes no new flows once Drain has returned without an
+// error. Its flows live on for the group's DeregistrationDelay. To drain a
+// target twice changes nothing, not even the deadline.
+func (r *Reconciler) Drain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
+	return r.request(ctx, func(ctx context.Context, l *loop) error { return l.drain(ctx, group, addr, port) })
+}
+
+// Undrain registers a target again that Drain had deregistered.
+func (r *Reconciler) Undrain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
+	return r.request(ctx, func(ctx context.Context, l *loop) error { return l.undrain(ctx, group, addr, port) })
+}
+
+func (r *Reconciler) request(ctx context.Context, do func(context.Context, *loop) error) error {
+	req := request{ctx: ctx, do: do, reply: make(chan error, 1)}
 	select {
 	case r.requests <- req:
 	case <-r.stopped:
@@ -148,13 +183,9 @@ func (r *Reconciler) SetHealth(found map[TargetKey]Health) {
 	})
 }
 
-// SetDrains replaces the targets that are deregistered at run time.
-func (r *Reconciler) SetDrains(drains Drains) {
-	copied := maps.Clone(drains)
-	if copied == nil {
-		copied = Drains{}
-	}
-	r.tell(func(in *inbox) { in.drains = copied })
+// leftover tells of targets that have flows although they should have none.
+func (r *Reconciler) leftover(keys []TargetKey) {
+	r.tell(func(in *inbox) { in.leftover = append(in.leftover, keys...) })
 }
 
 func (r *Reconciler) drifted() { r.tell(func(in *inbox) { in.drift = true }) }

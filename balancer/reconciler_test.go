@@ -83,12 +83,12 @@ func TestFailOpenIsSaid(t *testing.T) {
 		synctest.Wait()
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): unhealthy(time.Now())})
 		synctest.Wait()
-		if !r.Snapshot().Groups[0].FailOpen {
+		if !r.Snapshot().Groups[0].FailOpen.Open {
 			t.Error("not in fail-open")
 		}
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(time.Now())})
 		synctest.Wait()
-		if r.Snapshot().Groups[0].FailOpen {
+		if r.Snapshot().Groups[0].FailOpen.Open {
 			t.Error("still in fail-open")
 		}
 	})
@@ -121,7 +121,9 @@ func TestStatesEndByThemselves(t *testing.T) {
 		}
 		now := time.Now()
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): unhealthy(now), webKey("10.0.1.12"): healthy(now)})
-		r.SetDrains(Drains{webKey("10.0.1.12"): now})
+		if err := r.Drain(t.Context(), "web", addr("10.0.1.12"), 0); err != nil {
+			t.Error(err)
+		}
 		for _, at := range []struct {
 			after time.Duration
 			want  [2]State
@@ -139,7 +141,9 @@ func TestStatesEndByThemselves(t *testing.T) {
 		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1"; got != want {
 			t.Errorf("pool web: %s, want %s", got, want)
 		}
-		r.SetDrains(nil)
+		if err := r.Undrain(t.Context(), "web", addr("10.0.1.12"), 8080); err != nil {
+			t.Error(err)
+		}
 		synctest.Wait()
 		if got, want := states(), [2]State{Unhealthy, Healthy}; got != want {
 			t.Errorf("undrained: %v, want %v", got, want)

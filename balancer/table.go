@@ -49,10 +49,12 @@ type WeightedPool struct {
 // A Pool is a set of destinations that are treated alike. It may hold both
 // families; a service only uses those of its own.
 type Pool struct {
-	Name         string
-	ClientIP     ClientIP
-	AvoidSelf    bool
-	Sticky       bool
+	Name      string
+	Protocols []uint8 // IP protocol numbers of its flows, ascending
+	ClientIP  ClientIP
+	AvoidSelf bool
+	Sticky    bool
+	// Destinations may have weight 0: they have flows, and get no more.
 	Destinations []Destination
 }
 
@@ -62,6 +64,9 @@ type Destination struct {
 	Port    uint16
 	// Weight is the share of new flows; 0 quiesces.
 	Weight int
+	// Terminate says that its TCP flows are being ended: whatever either end
+	// sends is answered with a reset. Weight is 0 then.
+	Terminate bool
 	// Domain is what counts as the destination's own host: sorted, not
 	// overlapping, and never without its own address.
 	Domain []netip.Prefix

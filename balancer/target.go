@@ -16,15 +16,22 @@ type View struct {
 	// Routes says how the host reaches targets. A target that is not in it has
 	// no route, or none is known yet.
 	Routes map[netip.Addr]Route
-	Now    time.Time
+	// FailOpen is how each group stood when it was last looked at.
+	FailOpen map[string]FailOpenState
+	// Leftover has the targets that were found to have flows although they
+	// should have none, and when.
+	Leftover map[TargetKey]time.Time
+	Now      time.Time
 }
 
 // A TargetGroupStatus is where the targets of a group stand.
 type TargetGroupStatus struct {
-	Name string
-	// FailOpen says that too few targets are healthy, so that the health checks
-	// are overruled and every target takes new flows.
-	FailOpen bool
+	Name     string
+	Protocol Protocol
+	ClientIP ClientIP
+	// FailOpen says whether too few targets are healthy, so that the health
+	// checks are overruled and every target takes new flows.
+	FailOpen FailOpenState
 	Targets  []TargetStatus // sorted by address and port
 }
 
@@ -37,6 +44,12 @@ type TargetStatus struct {
 	Until time.Time
 	// Share is the weight that new flows see: the configured one or 0.
 	Share int
+	// Removed says that the target is not in the Spec any more.
+	Removed bool
+	// Cut says that the target should have no flows. Terminate says that those
+	// it has are being ended; TerminateUntil is when that stops.
+	Cut, Terminate bool
+	TerminateUntil time.Time
 }
 
 // Targets says where every target of spec stands, groups sorted by name.
@@ -52,17 +65,40 @@ type TargetStatus struct {
 // not said to fail open. A draining target takes no new flows in any case.
 func Targets(spec *Spec, seen View) []TargetGroupStatus {
 	used := spec.GroupsInUse()
+	removed := removedTargets(seen)
 	groups := make([]TargetGroupStatus, 0, len(spec.TargetGroups))
 	for i := range spec.TargetGroups {
 		g := &spec.TargetGroups[i]
-		groups = append(groups, groupStatus(g, used[g.Name], seen))
+		groups = append(groups, groupStatus(g, used[g.Name], removed[g.Name], seen))
+		delete(removed, g.Name)
+	}
+	for name, left := range removed { // of groups that are gone
+		d := seen.Drains[TargetKey{Group: name, AddrPort: left[0].Target.AddrPort()}]
+		gone := &TargetGroup{Name: name, Protocol: d.Protocol, ClientIP: d.ClientIP}
+		groups = append(groups, groupStatus(gone, false, left, seen))
 	}
 	slices.SortFunc(groups, func(a, b TargetGroupStatus) int { return cmp.Compare(a.Name, b.Name) })
 	return groups
 }
 
-func groupStatus(g *TargetGroup, used bool, seen View) TargetGroupStatus {
-	status := TargetGroupStatus{Name: g.Name, Targets: make([]TargetStatus, 0, len(g.Targets))}
+// removedTargets lists, by group, the targets that left the Spec and still have
+// flows, or may have.
+func removedTargets(seen View) map[string][]TargetStatus {
+	byGroup := make(map[string][]TargetStatus)
+	for k, d := range seen.Drains {
+		if d.Removed && seen.Now.Before(d.end()) {
+			s := TargetStatus{Target: d.Target, Removed: true}
+			byGroup[k.Group] = append(byGroup[k.Group], s.drained(d, seen.Now))
+		}
+	}
+	return byGroup
+}
+
+func groupStatus(g *TargetGroup, used bool, removed []TargetStatus, seen View) TargetGroupStatus {
+	status := TargetGroupStatus{
+		Name: g.Name, Protocol: g.Protocol, ClientIP: g.ClientIP,
+		Targets: make([]TargetStatus, 0, len(g.Targets)+len(removed)),
+	}
 	var able, judged, healthy int
 	for _, t := range g.Targets {
 		s := targetStatus(g, t, used, seen)
@@ -79,14 +115,22 @@ func groupStatus(g *TargetGroup, used bool, seen View) TargetGroupStatus {
 			judged++
 		}
 	}
+	status.Targets = append(status.Targets, removed...)
 	slices.SortFunc(status.Targets, func(a, b TargetStatus) int {
 		return a.Target.AddrPort().Compare(b.Target.AddrPort())
 	})
-	status.FailOpen = judged > 0 && g.FailOpen.below(healthy, able)
+	// Targets without a verdict yet may turn out healthy: as long as there is one
+	// to send to, they are waited for.
+	undecided := able - judged
+	below := judged > 0 && g.FailOpen.below(healthy, able) && (healthy == 0 || g.FailOpen.below(healthy+undecided, able))
+	status.FailOpen = seen.FailOpen[g.Name].next(below, seen.Now)
 	for i := range status.Targets {
 		s := &status.Targets[i]
-		if s.able() && (judged == 0 || status.FailOpen || s.State == Healthy) {
+		if s.able() && (judged == 0 || status.FailOpen.Open || s.State == Healthy) {
 			s.Share = s.Target.Weight
+		}
+		if s.State == Unhealthy && s.Share == 0 {
+			s.cutUnhealthy(g, seen)
 		}
 	}
 	return status
@@ -99,7 +143,7 @@ func (f FailOpen) below(healthy, all int) bool {
 
 // able reports whether the target may take new flows if its health permits.
 func (s TargetStatus) able() bool {
-	return s.Target.Weight > 0 && s.State != Draining && s.State != Unused
+	return s.Target.Weight > 0 && !s.Removed && s.State != Draining && s.State != Unused
 }
 
 // targetStatus is the life of one target; its Share is decided by the group.
@@ -110,8 +154,8 @@ func targetStatus(g *TargetGroup, t Target, used bool, seen View) TargetStatus {
 		status.Health = Health{State: Unused, Reason: ReasonNotInUse, Description: "no listener forwards to the target group"}
 		return status
 	}
-	if since, ok := seen.Drains[key]; ok {
-		return drainStatus(g, status, since, seen.Now)
+	if d, ok := seen.Drains[key]; ok && !d.Removed {
+		return status.drained(d, seen.Now)
 	}
 	switch status.State {
 	case Healthy:
@@ -130,13 +174,41 @@ func targetStatus(g *TargetGroup, t Target, used bool, seen View) TargetStatus {
 	return status
 }
 
-func drainStatus(g *TargetGroup, status TargetStatus, since, now time.Time) TargetStatus {
-	end := since.Add(g.DeregistrationDelay.Timeout)
-	if now.Before(end) {
-		status.Health = Health{State: Draining, Reason: ReasonDeregistrationInProgress, Since: since}
-		status.Until = end
-		return status
+// drained is the status of a target that is being deregistered.
+func (s TargetStatus) drained(d Drain, now time.Time) TargetStatus {
+	if now.Before(d.Until) {
+		s.Health = Health{State: Draining, Reason: ReasonDeregistrationInProgress, Since: d.Since}
+		s.Until = d.Until
+		return s
 	}
-	status.Health = Health{State: Unused, Reason: ReasonNotRegistered, Since: end}
-	return status
+	s.Health = Health{State: Unused, Reason: ReasonNotRegistered, Since: d.Until}
+	if d.Terminate && !d.Done {
+		s.Cut = true
+		s.terminate(d.Until, now)
+	}
+	return s
+}
+
+// cutUnhealthy ends the flows of a target that failed and takes no new ones, if
+// the group says so.
+func (s *TargetStatus) cutUnhealthy(g *TargetGroup, seen View) {
+	if !g.Unhealthy.ConnectionTermination && g.Unhealthy.DrainingInterval == 0 {
+		return
+	}
+	s.Cut = true
+	from := s.Since
+	if !g.Unhealthy.ConnectionTermination {
+		from = from.Add(g.Unhealthy.DrainingInterval)
+	}
+	s.terminate(from, seen.Now)
+	if found, ok := seen.Leftover[s.key(g.Name)]; ok && !s.Terminate {
+		s.terminate(found, seen.Now)
+	}
+}
+
+// terminate ends the target's flows for a while after from.
+func (s *TargetStatus) terminate(from, now time.Time) {
+	if until := from.Add(terminateFor); now.Before(until) {
+		s.Terminate, s.TerminateUntil = true, until
+	}
 }

@@ -28,7 +28,7 @@ func logTransitions(log *zap.Logger, before, now []TargetGroupStatus) {
 	known := statusByKey(before)
 	failOpen := make(map[string]bool)
 	for _, g := range before {
-		failOpen[g.Name] = g.FailOpen
+		failOpen[g.Name] = g.FailOpen.Open
 	}
 	for _, g := range now {
 		for _, t := range g.Targets {
@@ -40,10 +40,10 @@ func logTransitions(log *zap.Logger, before, now []TargetGroupStatus) {
 			}
 		}
 		switch {
-		case g.FailOpen && !failOpen[g.Name]:
+		case g.FailOpen.Open && !failOpen[g.Name]:
 			log.Warn("target group fails open: too few targets are healthy, new flows go to all of them",
 				zap.String("target_group", g.Name))
-		case !g.FailOpen && failOpen[g.Name]:
+		case !g.FailOpen.Open && failOpen[g.Name]:
 			log.Info("target group no longer fails open: new flows go to healthy targets only",
 				zap.String("target_group", g.Name))
 		}

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -39,7 +40,7 @@ func NewClient(path string) *Client {
 // Status asks what the daemon does.
 func (c *Client) Status(ctx context.Context) (*Status, error) {
 	var status Status
-	if err := c.ask(ctx, http.MethodGet, statusPath, &status); err != nil {
+	if err := c.ask(ctx, http.MethodGet, statusPath, nil, &status); err != nil {
 		return nil, err
 	}
 	return &status, nil
@@ -47,14 +48,31 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 
 // Reload makes the daemon read its file again and waits for what comes of it.
 func (c *Client) Reload(ctx context.Context) error {
-	return c.ask(ctx, http.MethodPost, reloadPath, &struct{}{})
+	return c.ask(ctx, http.MethodPost, reloadPath, nil, &struct{}{})
 }
 
-func (c *Client) ask(ctx context.Context, method, path string, into any) error {
+// Drain deregisters a target.
+func (c *Client) Drain(ctx context.Context, t TargetName) error {
+	return c.ask(ctx, http.MethodPost, drainPath, t, &struct{}{})
+}
+
+// Undrain registers a target again.
+func (c *Client) Undrain(ctx context.Context, t TargetName) error {
+	return c.ask(ctx, http.MethodPost, undrainPath, t, &struct{}{})
+}
+
+// ask sends question, unless it is nil, and reads the answer.
+func (c *Client) ask(ctx context.Context, method, path string, question, into any) error {
 	if err := checkPath(c.socket); err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://nlb"+path, nil)
+	var content bytes.Buffer
+	if question != nil {
+		if err := json.NewEncoder(&content).Encode(question); err != nil {
+			return err
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://nlb"+path, &content)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -46,6 +47,7 @@ type fakeDaemon struct {
 	status  *Status
 	refuse  error
 	reloads atomic.Int32
+	changes []string // read when the requests are over
 }
 
 func (d *fakeDaemon) Status(context.Context) (*Status, error) {
@@ -53,6 +55,14 @@ func (d *fakeDaemon) Status(context.Context) (*Status, error) {
 		return nil, errors.New("no pass was made yet")
 	}
 	return d.status, nil
+}
+
+func (d *fakeDaemon) Drain(_ context.Context, t TargetName) error   { return d.asked("drain", t) }
+func (d *fakeDaemon) Undrain(_ context.Context, t TargetName) error { return d.asked("undrain", t) }
+
+func (d *fakeDaemon) asked(what string, t TargetName) error {
+	d.changes = append(d.changes, fmt.Sprintf("%s %s %s %d", what, t.Group, t.Address, t.Port))
+	return d.refuse
 }
 
 func (d *fakeDaemon) Reload(context.Context) error {
@@ -271,8 +281,27 @@ func TestStatusWithoutCounters(t *testing.T) {
 	}
 }
 
+func TestDrainAndUndrain(t *testing.T) {
+	d := &fakeDaemon{}
+	path, _ := serve(t, d)
+	c := NewClient(path)
+	one := TargetName{Group: "web", Address: netip.MustParseAddr("10.0.1.11"), Port: 8080}
+	six := TargetName{Group: "web", Address: netip.MustParseAddr("2001:db8::11")}
+	if err := errors.Join(c.Drain(t.Context(), one), c.Undrain(t.Context(), six)); err != nil {
+		t.Fatal(err)
+	}
+	d.refuse = errors.New("target group web has no target 10.0.1.11:8080")
+	if err := c.Drain(t.Context(), one); err == nil || err.Error() != d.refuse.Error() {
+		t.Errorf("error %v", err)
+	}
+	want := []string{"drain web 10.0.1.11 8080", "undrain web 2001:db8::11 0", "drain web 10.0.1.11 8080"}
+	if diff := cmp.Diff(want, d.changes); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestSeen(t *testing.T) {
-	health, drains := webStatus().Seen()
+	seen, spec := webStatus().Seen()
 	key := func(addr string) balancer.TargetKey {
 		return balancer.TargetKey{Group: "web", AddrPort: mustAddrPort(addr)}
 	}
@@ -281,11 +310,11 @@ func TestSeen(t *testing.T) {
 		key("10.0.1.12:8080"): {State: balancer.Unhealthy, Reason: balancer.ReasonTimeout,
 			Description: "no answer within 10s", Since: since},
 	}
-	if diff := cmp.Diff(wantHealth, health, cmp.Comparer(func(a, b balancer.TargetKey) bool { return a == b })); diff != "" {
+	if diff := cmp.Diff(wantHealth, seen.Health, cmp.Comparer(func(a, b balancer.TargetKey) bool { return a == b })); diff != "" {
 		t.Error(diff)
 	}
-	if len(drains) != 1 || !drains[key("10.0.1.13:8080")].Equal(since) {
-		t.Errorf("drains %v", drains)
+	if g := spec.Group("web"); g == nil || len(g.Targets) != 3 || !spec.GroupsInUse()["web"] || g.DeregistrationDelay.Timeout != time.Minute {
+		t.Errorf("group in force %+v", g)
 	}
 }
 

@@ -15,6 +15,8 @@ package control
 const DefaultSocket = "/run/nlb/nlb.sock"
 
 const (
-	statusPath = "/v1/status"
-	reloadPath = "/v1/reload"
+	statusPath  = "/v1/status"
+	reloadPath  = "/v1/reload"
+	drainPath   = "/v1/drain"
+	undrainPath = "/v1/undrain"
 )

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"time"
 
@@ -14,13 +15,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Daemon is what the socket is the door of. Both methods are called by many
+// A Daemon is what the socket is the door of. Its methods are called by many
 // goroutines at once.
 type Daemon interface {
 	Status(ctx context.Context) (*Status, error)
 	// Reload returns when the new configuration is in force, or the reason why
 	// the former one still is.
 	Reload(ctx context.Context) error
+	// Drain deregisters a target, Undrain registers it again. Both return when
+	// the kernel follows.
+	Drain(ctx context.Context, t TargetName) error
+	Undrain(ctx context.Context, t TargetName) error
+}
+
+// A TargetName is how an operator names a target.
+type TargetName struct {
+	Group   string     `json:"target_group"`
+	Address netip.Addr `json:"address"`
+	// Port may be 0 when the group has one target at the address.
+	Port uint16 `json:"port"`
 }
 
 // How long answers that are being given may take once the daemon stops.
@@ -65,13 +78,35 @@ func handler(d Daemon) http.Handler {
 		answer(w, http.StatusOK, status)
 	})
 	mux.Handle("POST "+reloadPath, changing(func(w http.ResponseWriter, r *http.Request) {
-		if err := d.Reload(r.Context()); err != nil {
-			answer(w, http.StatusUnprocessableEntity, failure{err.Error()})
+		report(w, d.Reload(r.Context()))
+	}))
+	mux.Handle("POST "+drainPath, changing(onTarget(d.Drain)))
+	mux.Handle("POST "+undrainPath, changing(onTarget(d.Undrain)))
+	return mux
+}
+
+// onTarget does something with the target that the request names.
+func onTarget(do func(context.Context, TargetName) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var t TargetName
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxRequest)).Decode(&t); err != nil {
+			answer(w, http.StatusBadRequest, failure{"which target is meant cannot be told: " + err.Error()})
 			return
 		}
-		answer(w, http.StatusOK, struct{}{})
-	}))
-	return mux
+		report(w, do(r.Context(), t))
+	}
+}
+
+// maxRequest is many times what a target's name takes.
+const maxRequest = 4 << 10
+
+// report says what came of a change.
+func report(w http.ResponseWriter, err error) {
+	if err != nil {
+		answer(w, http.StatusUnprocessableEntity, failure{err.Error()})
+		return
+	}
+	answer(w, http.StatusOK, struct{}{})
 }
 
 // changing lets root and the daemon's own user pass.

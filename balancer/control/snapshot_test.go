@@ -24,17 +24,18 @@ func webSnapshot() *balancer.Snapshot {
 			}},
 			TargetGroups: []balancer.TargetGroup{{
 				Name: "web", Protocol: balancer.TCP, ClientIP: balancer.HairpinSNAT,
-				Targets: []balancer.Target{one, two, three},
+				DeregistrationDelay: balancer.DeregistrationDelay{Timeout: time.Minute},
+				Targets:             []balancer.Target{one, two, three},
 			}},
 		},
 		Groups: []balancer.TargetGroupStatus{{
-			Name: "web",
+			Name: "web", Protocol: balancer.TCP, ClientIP: balancer.HairpinSNAT,
 			Targets: []balancer.TargetStatus{
 				{Target: one, Health: balancer.Health{State: balancer.Healthy, Since: since}, Share: 1},
 				{Target: two, Health: balancer.Health{State: balancer.Unhealthy, Reason: balancer.ReasonTimeout,
 					Description: "no answer within 10s", Since: since}},
 				{Target: three, Health: balancer.Health{State: balancer.Draining,
-					Reason: balancer.ReasonDeregistrationInProgress, Since: since}},
+					Reason: balancer.ReasonDeregistrationInProgress, Since: since}, Until: since.Add(time.Minute)},
 			},
 		}},
 		Generation: 2,

@@ -66,7 +66,16 @@ type TargetGroup struct {
 	Protocol balancer.Protocol `json:"protocol"`
 	ClientIP balancer.ClientIP `json:"client_ip"`
 	FailOpen bool              `json:"fail_open"`
-	Targets  []Target          `json:"targets"`
+	// DeregistrationDelay is absent when the group is gone and only the last
+	// flows of its targets are left.
+	DeregistrationDelay *DeregistrationDelay `json:"deregistration_delay,omitempty"`
+	Targets             []Target             `json:"targets"`
+}
+
+// DeregistrationDelay is what happens to the flows of a target that leaves.
+type DeregistrationDelay struct {
+	TimeoutSeconds        float64 `json:"timeout_seconds"`
+	ConnectionTermination bool    `json:"connection_termination"`
 }
 
 // Target is one target of a TargetGroup.
@@ -80,6 +89,11 @@ type Target struct {
 	Reason          string         `json:"reason"`
 	Description     string         `json:"description"`
 	Since           time.Time      `json:"since"`
+	// Until is when the state ends by itself; absent when it does not.
+	Until time.Time `json:"until,omitzero"`
+	// Removed says that the target is not in the file any more, and is shown
+	// because it may have flows.
+	Removed bool `json:"removed,omitempty"`
 	// Null when the dataplane could not say.
 	ActiveFlows   *uint64 `json:"active_flows"`
 	NewFlowsTotal *uint64 `json:"new_flows_total"`
@@ -138,7 +152,10 @@ func listener(l balancer.Listener) Listener {
 }
 
 func targetGroup(g *balancer.TargetGroup, s balancer.TargetGroupStatus, counted map[balancer.TargetKey]balancer.Counters) TargetGroup {
-	out := TargetGroup{Name: g.Name, Protocol: g.Protocol, ClientIP: g.ClientIP, FailOpen: s.FailOpen, Targets: []Target{}}
+	out := TargetGroup{Name: s.Name, Protocol: s.Protocol, ClientIP: s.ClientIP, FailOpen: s.FailOpen.Open, Targets: []Target{}}
+	if g != nil {
+		out.DeregistrationDelay = &DeregistrationDelay{g.DeregistrationDelay.Timeout.Seconds(), g.DeregistrationDelay.ConnectionTermination}
+	}
 	for _, t := range s.Targets {
 		target := Target{
 			Address:         t.Target.Address,
@@ -149,9 +166,11 @@ func targetGroup(g *balancer.TargetGroup, s balancer.TargetGroupStatus, counted 
 			Reason:          t.Reason,
 			Description:     t.Description,
 			Since:           t.Since.UTC().Truncate(time.Second),
+			Until:           utc(t.Until),
+			Removed:         t.Removed,
 		}
 		if counted != nil {
-			c := counted[balancer.TargetKey{Group: g.Name, AddrPort: t.Target.AddrPort()}]
+			c := counted[balancer.TargetKey{Group: s.Name, AddrPort: t.Target.AddrPort()}]
 			target.ActiveFlows, target.NewFlowsTotal, target.BytesTotal = &c.ActiveFlows, &c.NewFlows, &c.Bytes
 		}
 		out.Targets = append(out.Targets, target)
@@ -159,22 +178,51 @@ func targetGroup(g *balancer.TargetGroup, s balancer.TargetGroupStatus, counted 
 	return out
 }
 
+// utc keeps the zero time, which is in no zone.
+func utc(t time.Time) time.Time {
+	if t.IsZero() {
+		return t
+	}
+	return t.UTC().Truncate(time.Second)
+}
+
 // Seen tells back what the daemon knows of its targets, for another run of the
-// pure step over the same world.
-func (s *Status) Seen() (balancer.HealthView, balancer.Drains) {
-	health, drains := make(balancer.HealthView), make(balancer.Drains)
+// pure step over the same world: their health, and the Spec in force as far as
+// it matters to targets that leave it.
+func (s *Status) Seen() (balancer.View, *balancer.Spec) {
+	seen := balancer.View{Health: make(balancer.HealthView), FailOpen: make(map[string]balancer.FailOpenState)}
+	spec := new(balancer.Spec)
+	for _, l := range s.Listeners {
+		listener := balancer.Listener{Name: l.Name, VIP: l.VIP, Port: l.Port, Protocol: l.Protocol}
+		for _, f := range l.Forward {
+			listener.Forward = append(listener.Forward, balancer.WeightedGroup{TargetGroup: f.TargetGroup, Weight: f.Weight})
+		}
+		spec.Listeners = append(spec.Listeners, listener)
+	}
 	for _, g := range s.TargetGroups {
-		for _, t := range g.Targets {
-			key := balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}
-			switch t.State {
-			case balancer.Draining:
-				drains[key] = t.Since
-			case balancer.Unused:
-				// Says nothing of the target's health.
-			default:
-				health[key] = balancer.Health{State: t.State, Reason: t.Reason, Description: t.Description, Since: t.Since}
+		// Held, so that a plan does not close what the daemon keeps open.
+		seen.FailOpen[g.Name] = balancer.FailOpenState{Open: g.FailOpen, Held: g.FailOpen}
+		group := balancer.TargetGroup{Name: g.Name, Protocol: g.Protocol, ClientIP: g.ClientIP}
+		if d := g.DeregistrationDelay; d != nil {
+			group.DeregistrationDelay = balancer.DeregistrationDelay{
+				Timeout: time.Duration(d.TimeoutSeconds * float64(time.Second)), ConnectionTermination: d.ConnectionTermination,
 			}
 		}
+		for _, t := range g.Targets {
+			if !t.Removed {
+				group.Targets = append(group.Targets, balancer.Target{Address: t.Address, Port: t.Port, Weight: t.Weight})
+			}
+			switch t.State {
+			case balancer.Draining, balancer.Unused, balancer.Initial:
+				// Says nothing of the target's health.
+			default:
+				key := balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}
+				seen.Health[key] = balancer.Health{State: t.State, Reason: t.Reason, Description: t.Description, Since: t.Since}
+			}
+		}
+		if g.DeregistrationDelay != nil {
+			spec.TargetGroups = append(spec.TargetGroups, group)
+		}
 	}
-	return health, drains
+	return seen, spec
 }

@@ -245,6 +245,15 @@ func (d *Dataplane) TargetOf(m Mark) (balancer.TargetKey, bool) {
 	return k, ok
 }
 
+// Number is the inverse of TargetOf: the mark of a target's flows under
+// TargetMask. ok is false if the target is not installed.
+func (d *Dataplane) Number(k balancer.TargetKey) (m Mark, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	num, ok := d.numbers.byKey[k]
+	return Mark(markOf(num, 0)), ok
+}
+
 // Events has what happened to new flows since the table was made.
 type Events struct {
 	NewFlows map[balancer.TargetKey]uint64

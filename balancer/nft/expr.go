@@ -45,6 +45,13 @@ func (b *ruleBuilder) say(format string, args ...any) {
 	b.words = append(b.words, fmt.Sprintf(format, args...))
 }
 
+// bare is an expression that the kernel dumps without any data.
+func (b *ruleBuilder) bare(name string) {
+	elem := b.exprs.open(unix.NFTA_LIST_ELEM)
+	b.exprs.str(unix.NFTA_EXPR_NAME, name)
+	b.exprs.close(elem)
+}
+
 func (b *ruleBuilder) expr(name string, fill func(*attrs)) {
 	elem := b.exprs.open(unix.NFTA_LIST_ELEM)
 	b.exprs.str(unix.NFTA_EXPR_NAME, name)
@@ -215,6 +222,14 @@ func (b *ruleBuilder) ctMarkHas(bits uint32) {
 	b.say("ct mark & 0x%08x == 0x%08x", bits, bits)
 }
 
+// ctMarkInSet matches flows whose mark, as far as mask shows it, is in the set.
+func (b *ruleBuilder) ctMarkInSet(mask uint32, set string) {
+	b.loadCT(unix.NFT_CT_MARK, 0)
+	b.bitwise(0, native32(mask), native32(0))
+	b.inSet(set, 0, false)
+	b.say("ct mark & 0x%08x @%s", mask, set)
+}
+
 // Bits of the ct state key (NF_CT_STATE_BIT in nf_conntrack_common.h).
 const (
 	ctInvalid     = 1 << 0
@@ -250,6 +265,16 @@ func (b *ruleBuilder) icmpTypes(keyword string, first, last uint8) {
 	b.cmp(unix.NFT_CMP_GTE, 0, []byte{first})
 	b.cmp(unix.NFT_CMP_LTE, 0, []byte{last})
 	b.say("%s type %d-%d", keyword, first, last)
+}
+
+// tcpNotRST matches TCP segments that are no resets; l4proto must have been
+// matched before.
+func (b *ruleBuilder) tcpNotRST() {
+	const rst = 4
+	b.payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1, 0)
+	b.bitwise(0, []byte{rst}, []byte{0})
+	b.cmp(unix.NFT_CMP_EQ, 0, []byte{0})
+	b.say("tcp flags & rst == 0")
 }
 
 // tcpNotSYN matches TCP segments other than the first of a connection.
@@ -435,6 +460,19 @@ func (b *ruleBuilder) counter(name string) {
 func (b *ruleBuilder) ctTimeout(name string) {
 	b.object(objectCTTimeout, name)
 	b.say("ct timeout set %q", name)
+}
+
+// reset answers a TCP segment with a reset and drops it.
+func (b *ruleBuilder) reset() {
+	const rejectType = 1 // NFTA_REJECT_TYPE
+	b.expr("reject", func(a *attrs) { a.u32(rejectType, unix.NFT_REJECT_TCP_RST) })
+	b.say("reject with tcp reset")
+}
+
+// notrack keeps a packet from connection tracking.
+func (b *ruleBuilder) notrack() {
+	b.bare("notrack")
+	b.say("notrack")
 }
 
 func (b *ruleBuilder) immediate(to reg, value []byte) {

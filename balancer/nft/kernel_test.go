@@ -2,7 +2,10 @@ package nft
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -11,8 +14,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
+	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 	"nlb/internal/nstest"
@@ -40,8 +45,10 @@ func dest(a string, port uint16, weight int, domain ...string) balancer.Destinat
 
 // everything is a table that uses all there is.
 func everything() *balancer.Table {
+	ending := dest("10.0.1.13", 8080, 0)
+	ending.Terminate = true
 	both := []balancer.Destination{
-		dest("10.0.1.11", 8080, 1, "10.244.1.0/24", "10.244.2.0/25"), dest("10.0.1.12", 8080, 3), dest("10.0.1.13", 8080, 0),
+		dest("10.0.1.11", 8080, 1, "10.244.1.0/24", "10.244.2.0/25"), dest("10.0.1.12", 8080, 3), ending,
 		dest("2001:db8:1::11", 8080, 1, "2001:db8:f1::/64"), dest("2001:db8:1::12", 8080, 1),
 	}
 	tcp, udp := []uint8{balancer.ProtoTCP}, []uint8{balancer.ProtoUDP}
@@ -62,11 +69,11 @@ func everything() *balancer.Table {
 			{Name: "none", Address: addr("198.51.100.11"), Protocols: tcp, Port: 81, IdleTimeout: idle, Pools: one("empty")},
 		},
 		Pools: []balancer.Pool{
-			{Name: "avoid", ClientIP: balancer.Preserve, AvoidSelf: true, Destinations: both},
-			{Name: "empty", ClientIP: balancer.Preserve},
-			{Name: "hairpin", ClientIP: balancer.HairpinSNAT, Sticky: true, Destinations: both},
-			{Name: "preserve", ClientIP: balancer.Preserve, Destinations: both},
-			{Name: "snat", ClientIP: balancer.SNAT, Destinations: both[:2]},
+			{Name: "avoid", Protocols: udp, ClientIP: balancer.Preserve, AvoidSelf: true, Destinations: both},
+			{Name: "empty", Protocols: tcp, ClientIP: balancer.Preserve},
+			{Name: "hairpin", Protocols: []uint8{6, 17}, ClientIP: balancer.HairpinSNAT, Sticky: true, Destinations: both},
+			{Name: "preserve", Protocols: tcp, ClientIP: balancer.Preserve, Destinations: both},
+			{Name: "snat", Protocols: udp, ClientIP: balancer.SNAT, Destinations: both[:2]},
 		},
 	}
 }
@@ -173,6 +180,9 @@ func TestDrift(t *testing.T) {
 		"add element inet nlb vips4 { 198.51.100.99 }",
 		"delete element inet nlb allow.dns { 10.0.0.0/8 }",
 		"add element inet nlb allow.dns { 192.0.2.0/24 }",
+		"flush set inet nlb ended",
+		"add element inet nlb ended { 0x00004000 }",
+		"flush chain inet nlb prompts",
 		"add rule inet nlb prerouting accept",
 		"insert rule inet nlb unwanted accept",
 		"flush chain inet nlb unwanted; add rule inet nlb unwanted accept",
@@ -200,6 +210,139 @@ func TestDrift(t *testing.T) {
 				t.Errorf("not mended: %q", p.Lines())
 			}
 		})
+	}
+}
+
+// While a target's flows are being ended, whatever either end sends is answered
+// with a reset; a flow of another target goes on. Then nothing is left of it.
+func TestTerminate(t *testing.T) {
+	for _, f := range []struct{ client, vip, target string }{
+		{"203.0.113.9", "198.51.100.10", "10.0.1.%d"},
+		{"2001:db8:99::9", "2001:db8:77::10", "2001:db8:1::%d"},
+	} {
+		t.Run(f.vip, func(t *testing.T) {
+			first, second := addr(fmt.Sprintf(f.target, 11)), addr(fmt.Sprintf(f.target, 12))
+			for _, a := range []netip.Addr{addr(f.client), addr(f.vip), first, second} {
+				own(t, a)
+			}
+			d := newDataplane(t)
+			table := func(weight int, terminate bool) *balancer.Desired {
+				all := netip.PrefixFrom(addr(f.vip), 0).Masked()
+				ds := []balancer.Destination{dest(first.String(), 8080, weight), dest(second.String(), 8080, 1-weight)}
+				ds[0].Terminate = terminate
+				return &balancer.Desired{Table: &balancer.Table{
+					VIPs: []netip.Addr{addr(f.vip)}, Sources: []netip.Addr{addr(f.client)},
+					Services: []balancer.VirtualService{{Name: "web", Address: addr(f.vip), Protocols: []uint8{balancer.ProtoTCP}, Port: 80,
+						IdleTimeout: time.Hour, Allow: []netip.Prefix{all}, Pools: []balancer.WeightedPool{{Pool: "web", Weight: 1}}}},
+					Pools: []balancer.Pool{{Name: "web", Protocols: []uint8{balancer.ProtoTCP}, ClientIP: balancer.Preserve, Destinations: ds}},
+				}}
+			}
+			connect := func(to netip.Addr) (client, target *net.TCPConn) {
+				return connection(t, addr(f.client), netip.AddrPortFrom(addr(f.vip), 80), netip.AddrPortFrom(to, 8080))
+			}
+			converge(t, d, table(1, false))
+			ended, endedTarget := connect(first)
+			again, againTarget := connect(first)
+			converge(t, d, table(0, false))
+			other, otherTarget := connect(second)
+
+			key := balancer.TargetKey{Group: "web", AddrPort: netip.AddrPortFrom(first, 8080)}
+			mark, ok := d.Number(key)
+			if got, known := d.TargetOf(mark); !ok || !known || got != key {
+				t.Errorf("%v has the number %x, which is %v's", key, mark, got)
+			}
+			if p := converge(t, d, table(0, true)).(*Plan); len(p.steps) == 0 {
+				t.Error("Terminate changes nothing")
+			}
+			if p := planAfresh(t, table(0, true)); !p.Empty() {
+				t.Errorf("a restart wants to change %q", p.Lines())
+			}
+			wantReset(t, ended, endedTarget)
+			wantReset(t, againTarget, again)
+			wantAlive(t, other, otherTarget)
+
+			converge(t, d, table(0, false))
+			if list := nftList(t, "inet nlb"); strings.Contains(list, "ended") || strings.Contains(list, "reject") {
+				t.Errorf("something is left:\n%s", list)
+			}
+			if p := planAfresh(t, table(0, false)); !p.Empty() {
+				t.Errorf("a restart wants to change %q", p.Lines())
+			}
+		})
+	}
+}
+
+// own gives the namespace an address, until the test ends.
+func own(t *testing.T, a netip.Addr) {
+	t.Helper()
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}, Flags: unix.IFA_F_NODAD}
+	if err := netlink.AddrAdd(lo, n); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := netlink.AddrDel(lo, n); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// patience bounds every wait for the kernel.
+const patience = 10 * time.Second
+
+// connection is both ends of a flow through the table.
+func connection(t *testing.T, client netip.Addr, vip, target netip.AddrPort) (near, far *net.TCPConn) {
+	t.Helper()
+	l, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(target))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_ = l.SetDeadline(time.Now().Add(patience))
+	dialer := net.Dialer{Timeout: patience, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(client, 0))}
+	c, err := dialer.Dial("tcp", vip.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, err = l.AcceptTCP()
+	if err != nil {
+		t.Fatal(err)
+	}
+	near = c.(*net.TCPConn)
+	for _, c := range []*net.TCPConn{near, far} {
+		_ = c.SetDeadline(time.Now().Add(patience))
+		t.Cleanup(func() { c.Close() })
+	}
+	wantAlive(t, near, far)
+	return near, far
+}
+
+func wantAlive(t *testing.T, from, to net.Conn) {
+	t.Helper()
+	for _, way := range [][2]net.Conn{{from, to}, {to, from}} {
+		if _, err := way[0].Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(way[1], make([]byte, 5)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// wantReset wants the first end to be told that the flow has ended when it says
+// something, and then the other.
+func wantReset(t *testing.T, ends ...net.Conn) {
+	t.Helper()
+	for _, c := range ends {
+		if _, err := c.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("%v → %v: %v, want a reset", c.LocalAddr(), c.RemoteAddr(), err)
+		}
 	}
 }
 
@@ -237,7 +380,7 @@ func large(n int) *balancer.Table {
 	t := &balancer.Table{VIPs: []netip.Addr{addr("198.51.100.10")}, Sources: []netip.Addr{addr("10.0.0.2")}}
 	for i := range n {
 		name := fmt.Sprintf("g%d", i)
-		p := balancer.Pool{Name: name, ClientIP: balancer.HairpinSNAT}
+		p := balancer.Pool{Name: name, Protocols: []uint8{balancer.ProtoTCP}, ClientIP: balancer.HairpinSNAT}
 		for j := range 10 {
 			p.Destinations = append(p.Destinations, dest(netip.AddrFrom4([4]byte{10, 1 + byte(i>>8), byte(i), byte(j + 1)}).String(), 8080, 1))
 		}

@@ -114,7 +114,7 @@ func (s *socket) dumpSets(rs *Ruleset) error {
 
 // kinds are all shapes of set we make.
 var kinds = func() []*kind {
-	out := []*kind{slotKind, targetKind, shareKind}
+	out := []*kind{slotKind, targetKind, shareKind, endedKind}
 	for _, f := range families {
 		out = append(out, vipKinds[f], prefixKinds[f], serviceKinds[f], targetsKinds[f], sourceKinds[f])
 	}

@@ -21,6 +21,8 @@ const (
 	chainGuard    = "guard"
 	chainSource   = "source"
 
+	setEnded = "ended" // targets whose flows are being ended
+
 	counterUnwanted   = "unwanted_drops"    // to a VIP, but no listener's
 	counterNotAllowed = "not_allowed_drops" // refused by a listener's allow list
 	counterNoTarget   = "no_target_drops"   // the group has nobody to send to
@@ -42,6 +44,8 @@ const (
 	priorityDNAT   = -105
 	prioritySNAT   = 95
 	priorityFilter = -5
+	// priorityRaw is before connection tracking, at -200.
+	priorityRaw = -300
 )
 
 // A renderer turns Tables into Rulesets. It is a function with a memory: pools
@@ -68,7 +72,11 @@ func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 	for i := range t.Services {
 		renderService(rs, t, &t.Services[i])
 	}
-	for _, c := range baseChains() {
+	ended := endedSet(t, n)
+	if len(ended.Elems) > 0 {
+		rs.addSet(ended)
+	}
+	for _, c := range baseChains(len(ended.Elems) > 0) {
 		rs.addChain(c)
 	}
 	renderSource(rs, t, n)
@@ -84,13 +92,18 @@ func tableKeys(t *balancer.Table) (keys []balancer.TargetKey) {
 	return keys
 }
 
-// --- the skeleton: what does not depend on the table ---------------------------
+// --- the skeleton ----------------------------------------------------------------
 
-func baseChains() []*Chain {
+// baseChains are hooked in. Only while flows are being ended do the filters look
+// for them: otherwise an established packet has nothing to pay for it.
+func baseChains(ending bool) []*Chain {
 	nat := func(name string, hook uint32, priority int32, rules ...Rule) *Chain {
 		return &Chain{Name: name, Base: &Base{Type: "nat", Hook: hook, Priority: priority}, Rules: rules}
 	}
 	filter := func(name string, hook uint32, rules ...Rule) *Chain {
+		if ending {
+			rules = append([]Rule{endRule()}, rules...)
+		}
 		return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityFilter}, Rules: rules}
 	}
 	toDispatch := rule(func(b *ruleBuilder) { b.jump(chainDispatch) })
@@ -104,7 +117,8 @@ func baseChains() []*Chain {
 			b.jump(chainGuard)
 		})...),
 		filter("forward", unix.NF_INET_FORWARD, forwardRules()...),
-		filter("redirects", unix.NF_INET_LOCAL_OUT, redirectRule()),
+		filter("outgoing", unix.NF_INET_LOCAL_OUT, redirectRule()),
+		{Name: "prompts", Base: &Base{Type: "filter", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityRaw}, Rules: []Rule{promptRule()}},
 		{Name: chainDispatch, Rules: dispatchRules()},
 		{Name: chainUnwanted, Rules: unwantedRules()},
 		{Name: chainGuard, Rules: guardRules()},
@@ -146,12 +160,13 @@ func unwantedRules() []Rule {
 }
 
 // guardRules decide what of a VIP's traffic the host itself may see: replies to
-// flows that began here, errors about flows it knows, echo requests and
-// neighbour discovery (ICMPv6 types 133 to 137, RFC 4861). Nothing else, even if
-// a socket listens.
+// flows that began here, our own prompts to the ends of such flows, errors about
+// flows it knows, echo requests and neighbour discovery (ICMPv6 types 133 to 137,
+// RFC 4861). Nothing else, even if a socket listens.
 func guardRules() []Rule {
 	return []Rule{
 		rule(func(b *ruleBuilder) { b.ctReply(); b.returns() }),
+		rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.PromptMark); b.returns() }),
 		rule(func(b *ruleBuilder) { b.ctState(ctRelated, "related"); b.returns() }),
 		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMP); b.icmpTypes("icmp", 8, 8); b.returns() }),
 		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMPV6); b.icmpTypes("icmpv6", 128, 128); b.returns() }),
@@ -197,6 +212,26 @@ func forwardRules() []Rule {
 	})...)
 }
 
+// endRule answers whatever a flow's end sends with a reset. The kernel numbers it
+// from the segment itself, which is what RFC 5961, section 3, wants of a reset to
+// be believed, and sends it as a reply of the flow, so that NAT gives it the
+// addresses that the sender knows. Resets pass: ours meets this rule again on its
+// way out, and one end's own tells the other.
+func endRule() Rule {
+	return rule(func(b *ruleBuilder) {
+		b.l4proto(unix.IPPROTO_TCP)
+		b.ctMarkInSet(TargetMask, setEnded)
+		b.tcpNotRST()
+		b.reset()
+	})
+}
+
+// promptRule keeps what makes the ends of a flow speak out of connection
+// tracking: it would be taken for a new flow, or for a packet of an old one.
+func promptRule() Rule {
+	return rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.PromptMark); b.notrack() })
+}
+
 // redirectRule keeps this host from telling a target on its own segment that a
 // client there can be reached directly: its answers would go past us, un-NATed.
 // For IPv4 a sysctl does that, for IPv6 there is none.
@@ -240,6 +275,20 @@ func hostsSet(t *balancer.Table) *Set {
 	return s
 }
 
+// endedSet lists the targets whose TCP flows are being ended.
+func endedSet(t *balancer.Table, n *numbers) *Set {
+	s := &Set{Name: setEnded, kind: endedKind}
+	for i := range t.Pools {
+		for _, d := range t.Pools[i].Destinations {
+			if d.Terminate {
+				num := n.byKey[balancer.TargetKey{Group: t.Pools[i].Name, AddrPort: d.AddrPort()}]
+				s.Elems = append(s.Elems, Elem{Key: string(native32(markOf(num, 0)))})
+			}
+		}
+	}
+	return s.sort()
+}
+
 func serviceKey(a netip.AddrPort, proto uint8) string {
 	b := append(a.Addr().AsSlice(), proto, 0, 0, 0)
 	return string(append(binary.BigEndian.AppendUint16(b, a.Port()), 0, 0))
@@ -261,14 +310,13 @@ func servicesMap(t *balancer.Table, f *family) *Set {
 // targetsSet lists where the targets answer from, for the forward chain.
 func targetsSet(t *balancer.Table, f *family) *Set {
 	s := &Set{Name: "targets" + f.name, kind: targetsKinds[f]}
-	protocols := protocolsOf(t)
 	for i := range t.Pools {
 		for j := range t.Pools[i].Destinations {
 			d := &t.Pools[i].Destinations[j]
 			if familyOf(d.Address) != f {
 				continue
 			}
-			for _, p := range protocols[t.Pools[i].Name] {
+			for _, p := range t.Pools[i].Protocols {
 				s.Elems = append(s.Elems, Elem{Key: serviceKey(d.AddrPort(), p)})
 			}
 		}
@@ -276,21 +324,6 @@ func targetsSet(t *balancer.Table, f *family) *Set {
 	s.sort()
 	s.Elems = slices.Compact(s.Elems)
 	return s
-}
-
-// protocolsOf lists the protocols that reach each pool.
-func protocolsOf(t *balancer.Table) map[string][]uint8 {
-	out := make(map[string][]uint8, len(t.Pools))
-	for i := range t.Services {
-		for _, p := range t.Services[i].Pools {
-			for _, proto := range t.Services[i].Protocols {
-				if !slices.Contains(out[p.Pool], proto) {
-					out[p.Pool] = append(out[p.Pool], proto)
-				}
-			}
-		}
-	}
-	return out
 }
 
 // --- listeners ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -99,6 +100,30 @@ func TestDiff(t *testing.T) {
 			p := &Plan{steps: diff(have, r.render(after, n))}
 			golden(t, name+".plan", strings.Join(p.Lines(), "\n")+"\n")
 		})
+	}
+}
+
+// The first target whose flows are ended brings the rules that end them, the last
+// one takes them along, both together with the target's own change.
+func TestDiffOfTerminate(t *testing.T) {
+	active, ending := everything(), everything()
+	for i := range active.Pools {
+		active.Pools[i].Destinations = slices.Clone(active.Pools[i].Destinations)
+		for j := range active.Pools[i].Destinations {
+			active.Pools[i].Destinations[j].Terminate = false
+		}
+	}
+	for _, tt := range []struct {
+		name          string
+		before, after *balancer.Table
+	}{{"terminate", active, ending}, {"terminated", ending, active}} {
+		n, err := newNumbers().assign(tableKeys(tt.before))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var r renderer
+		p := &Plan{steps: diff(r.render(tt.before, n), r.render(tt.after, n))}
+		golden(t, tt.name+".plan", strings.Join(p.Lines(), "\n")+"\n")
 	}
 }
 

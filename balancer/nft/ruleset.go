@@ -137,6 +137,7 @@ func serviceKind(f *family, verdict bool) *kind {
 var (
 	slotKind   = &kind{name: "type mark : mark", keyType: typeMark, keyLen: 4, dataType: typeMark, dataLen: 4, key: nativeText}
 	targetKind = &kind{name: "type mark : verdict", keyType: typeMark, keyLen: 4, dataType: dataVerdict, key: nativeText}
+	endedKind  = &kind{name: "type mark", keyType: typeMark, keyLen: 4, key: nativeText}
 	shareKind  = &kind{name: "type integer : verdict", keyType: typeInteger, keyLen: 4, dataType: dataVerdict, interval: true, key: bigText}
 
 	vipKinds     = map[*family]*kind{ip4: addrKind(ip4, false), ip6: addrKind(ip6, false)}

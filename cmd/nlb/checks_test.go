@@ -59,6 +59,43 @@ func TestChecksOf(t *testing.T) {
 	}
 }
 
+func TestChecksVerifyWhatTheGroupAsksFor(t *testing.T) {
+	spec := probeSpec("any", "blue", "green", "red", "public")
+	ask := func(group int, verify bool, name, roots string) {
+		h := &spec.TargetGroups[group].HealthCheck
+		h.Protocol, h.VerifyTLS, h.ServerName, h.TrustedRoots = balancer.CheckHTTPS, verify, name, roots
+	}
+	ask(0, false, "sni.example", "")
+	ask(1, true, "web.example", "one")
+	ask(2, true, "web.example", "one")
+	ask(3, true, "web.example", "two")
+	ask(4, true, "web.example", "")
+	type asked struct {
+		Verify bool
+		Name   string
+		Roots  *healthcheck.Roots
+	}
+	one, two := healthcheck.NewRoots("one"), healthcheck.NewRoots("two")
+	want := []asked{
+		{false, "sni.example", nil}, {true, "web.example", one}, {true, "web.example", one},
+		{true, "web.example", two}, {true, "web.example", nil},
+	}
+	list, targets := checksOf(spec)
+	var got []asked
+	for _, c := range list {
+		got = append(got, asked{c.VerifyTLS, c.ServerName, c.Roots})
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if list[1].Roots != list[2].Roots {
+		t.Error("two groups that trust the same certificates do not share them")
+	}
+	if n := len(targets[list[1].Key()]); n != 2 || len(targets) != 4 {
+		t.Errorf("%d probes, one of which %d groups share; want 4 and 2", len(targets), n)
+	}
+}
+
 // A probed world answers probes and records what is reported.
 type probed struct {
 	mu     sync.Mutex

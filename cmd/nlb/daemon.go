@@ -61,6 +61,16 @@ func (d *daemon) Reload(ctx context.Context) error {
 	return nil
 }
 
+// Drain implements control.Daemon.
+func (d *daemon) Drain(ctx context.Context, t control.TargetName) error {
+	return d.reconciler.Drain(context.WithoutCancel(ctx), t.Group, t.Address, t.Port)
+}
+
+// Undrain implements control.Daemon.
+func (d *daemon) Undrain(ctx context.Context, t control.TargetName) error {
+	return d.reconciler.Undrain(context.WithoutCancel(ctx), t.Group, t.Address, t.Port)
+}
+
 // adopt takes over what of the process can change while it runs, and says what
 // cannot. It needs reloading.
 func (d *daemon) adopt(s config.Settings) {

@@ -9,6 +9,7 @@ import (
 	"nlb/balancer/conntrack"
 	"nlb/balancer/host"
 	"nlb/balancer/nft"
+	"nlb/balancer/prompt"
 	"nlb/balancer/vip"
 )
 
@@ -17,6 +18,7 @@ type kernel struct {
 	parts  []balancer.Part
 	router balancer.Router
 	tally  tally
+	flows  flowTable
 	close  func() error
 }
 
@@ -32,6 +34,10 @@ func openKernel(stateDir string, log *zap.Logger) (*kernel, error) {
 	if err != nil {
 		return nil, errors.Join(err, dataplane.Close())
 	}
+	prompter, err := prompt.New()
+	if err != nil {
+		return nil, errors.Join(err, dataplane.Close())
+	}
 	return &kernel{
 		parts: []balancer.Part{
 			vip.NewWithdrawer(log.Named("vip")),
@@ -41,6 +47,7 @@ func openKernel(stateDir string, log *zap.Logger) (*kernel, error) {
 		},
 		router: host.NewRouter(),
 		tally:  tally{dataplane, flows},
-		close:  dataplane.Close,
+		flows:  flowTable{dataplane, flows, prompter},
+		close:  func() error { return errors.Join(prompter.Close(), dataplane.Close()) },
 	}, nil
 }

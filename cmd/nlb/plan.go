@@ -1,12 +1,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,8 +43,16 @@ Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
 			if err != nil {
 				return err
 			}
-			plans, err := plan(cmd.Context(), cfg, control.NewClient(socket))
+			plans, drains, err := plan(cmd.Context(), cfg, control.NewClient(socket))
 			if err != nil {
+				return err
+			}
+			// In JSON there is no place for a remark.
+			remarks := cmd.OutOrStdout()
+			if out == jsonText {
+				remarks = cmd.ErrOrStderr()
+			}
+			if err := printOverrides(remarks, drains); err != nil {
 				return err
 			}
 			if err := printPlans(cmd.OutOrStdout(), out, plans); err != nil {
@@ -59,41 +70,71 @@ Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
 	return cmd
 }
 
-// plan lists the Parts that would change something.
-func plan(ctx context.Context, cfg *config.Config, client *control.Client) (changes []balancer.PartPlan, err error) {
+// plan lists the Parts that would change something, and the drains that it took
+// into account.
+func plan(ctx context.Context, cfg *config.Config, client *control.Client) (changes []balancer.PartPlan, drains balancer.Drains, err error) {
 	k, err := openKernel(cfg.StateDir, zap.NewNop())
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer func() { err = errors.Join(err, k.close()) }()
 	seen, err := look(ctx, cfg, client, k.router)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	plans, err := balancer.PlanAll(ctx, k.parts, balancer.Forward(cfg.Spec, seen))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for _, p := range plans {
 		if !p.Plan.Empty() {
 			changes = append(changes, p)
 		}
 	}
-	return changes, nil
+	return changes, seen.Drains, nil
+}
+
+// printOverrides says where the plan differs from the file, because a target was
+// drained at run time.
+func printOverrides(w io.Writer, drains balancer.Drains) error {
+	keys := slices.SortedFunc(maps.Keys(drains), func(a, b balancer.TargetKey) int {
+		return cmp.Or(cmp.Compare(a.Group, b.Group), a.AddrPort.Compare(b.AddrPort))
+	})
+	for _, k := range keys {
+		d := drains[k]
+		if d.Removed {
+			continue // follows from the file
+		}
+		_, err := fmt.Fprintf(w, "# override: %s %s is drained since %s, until nlb undrain %s %s\n",
+			k.Group, k.AddrPort, d.Since.UTC().Format(time.RFC3339), k.Group, k.AddrPort)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // look sees what the daemon would see.
 func look(ctx context.Context, cfg *config.Config, client *control.Client, router balancer.Router) (balancer.View, error) {
-	seen := balancer.View{Now: time.Now()}
+	var (
+		seen    balancer.View
+		inForce *balancer.Spec
+	)
 	status, err := client.Status(ctx)
 	switch {
 	case err == nil:
-		seen.Health, seen.Drains = status.Seen()
+		seen, inForce = status.Seen()
 	case errors.Is(err, control.ErrNotRunning):
 		seen.Health = recallHealth(cfg.StateDir, zap.NewNop())
 	default:
 		return seen, err
 	}
+	seen.Now = time.Now()
+	drains, err := balancer.LoadDrains(cfg.StateDir)
+	if err != nil {
+		return seen, err
+	}
+	seen.Drains = drains.Follow(inForce, cfg.Spec, seen.Now)
 	seen.Key, err = balancer.LoadKey(cfg.StateDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		seen.Key, err = balancer.NewKey(), nil // as serve would draw one
@@ -105,6 +146,11 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 	for _, g := range cfg.Spec.TargetGroups {
 		for _, t := range g.Targets {
 			targets = append(targets, t.Address)
+		}
+	}
+	for target, d := range seen.Drains {
+		if d.Removed {
+			targets = append(targets, target.AddrPort.Addr())
 		}
 	}
 	seen.Routes, err = router.Routes(ctx, targets, cfg.Spec.HasVIP)

@@ -61,6 +61,10 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	if err != nil {
 		return err
 	}
+	drains, err := balancer.LoadDrains(cfg.StateDir)
+	if err != nil {
+		return err
+	}
 	k, err := openKernel(cfg.StateDir, log)
 	if err != nil {
 		return err
@@ -75,7 +79,8 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	}
 	reconciler := balancer.NewReconciler(balancer.Options{
 		Parts: k.parts, Router: k.router, Log: log, Key: key, Spec: cfg.Spec,
-		Health: recallHealth(cfg.StateDir, log),
+		Health: recallHealth(cfg.StateDir, log), Drains: drains,
+		Remember: func(d balancer.Drains) error { return d.Save(cfg.StateDir) },
 	})
 	d := &daemon{
 		path: path, flags: flags, log: log, level: level, settings: cfg.Settings,
@@ -96,20 +101,35 @@ func (d *daemon) run(ctx context.Context, door *control.Socket) error {
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.reconciler.Run(ctx) })
-	g.Go(func() error { return d.checks.run(ctx) })
+	g.Go(func() error {
+		// Which source a probe takes where the kernel's is a VIP follows from the
+		// routes, which the first pass finds.
+		if d.attempted(ctx) {
+			return d.checks.run(ctx)
+		}
+		return nil
+	})
 	g.Go(func() error { return d.kernel.tally.flows.Run(ctx) })
+	g.Go(func() error { return balancer.NewSweeper(d.reconciler, d.kernel.flows, d.log).Run(ctx) })
 	g.Go(func() error { return rememberHealth(ctx, d.settings.StateDir, d.reconciler.Snapshot, d.log) })
 	g.Go(func() error { return supervise(ctx, d.reconciler, d.log) })
 	g.Go(func() error { return d.reloadOn(ctx, hangups) })
 	g.Go(func() error {
 		// Those who ask earlier wait: there is nothing to say before the first pass.
-		select {
-		case <-d.reconciler.Attempted():
-		case <-ctx.Done():
-		}
+		d.attempted(ctx)
 		return control.Serve(ctx, door, d, d.log)
 	})
 	return g.Wait()
+}
+
+// attempted waits for the first pass, and reports whether there was one.
+func (d *daemon) attempted(ctx context.Context) bool {
+	select {
+	case <-d.reconciler.Attempted():
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 func (d *daemon) reloadOn(ctx context.Context, hangups <-chan os.Signal) error {

@@ -73,7 +73,7 @@ func renderGroup(b *bytes.Buffer, g control.TargetGroup, now time.Time) {
 	rows := [][]string{{"TARGET", "WEIGHT", "STATE", "SINCE", "FLOWS", "NEW", "BYTES", "REASON"}}
 	for _, t := range g.Targets {
 		rows = append(rows, []string{
-			t.AddrPort().String(), weightWords(t), t.State.String(), age(now, t.Since),
+			t.AddrPort().String(), weightWords(t), stateWords(t, now), age(now, t.Since),
 			count(t.ActiveFlows), count(t.NewFlowsTotal), count(t.BytesTotal),
 			cmp.Or(strings.TrimSuffix(t.Reason+": "+t.Description, ": "), "-"),
 		})
@@ -100,6 +100,18 @@ func weightWords(t control.Target) string {
 		return strconv.Itoa(t.Weight)
 	}
 	return fmt.Sprintf("%d of %d", t.EffectiveWeight, t.Weight)
+}
+
+// stateWords has the time left of a state that ends by itself.
+func stateWords(t control.Target, now time.Time) string {
+	words := t.State.String()
+	if !t.Until.IsZero() {
+		words += ", " + age(t.Until, now) + " left"
+	}
+	if t.Removed {
+		words += ", not in the file"
+	}
+	return words
 }
 
 func count(n *uint64) string {

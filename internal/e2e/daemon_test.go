@@ -384,11 +384,17 @@ func (d *daemon) waitHealthy(group string, n int) {
 	})
 }
 
-// waitAllHealthy waits for every target of every group.
+// waitAllHealthy waits for every target of every group in the file.
 func (d *daemon) waitAllHealthy() {
 	d.t.Helper()
 	for _, g := range d.status().TargetGroups {
-		d.waitHealthy(g.Name, len(g.Targets))
+		here := 0
+		for _, t := range g.Targets {
+			if !t.Removed {
+				here++
+			}
+		}
+		d.waitHealthy(g.Name, here)
 	}
 }
 

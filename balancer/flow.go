@@ -1,0 +1,30 @@
+package balancer
+
+import (
+	"context"
+	"net/netip"
+)
+
+// A Flow is one flow of clients through the balancer, or past it.
+type Flow struct {
+	Protocol uint8 // IP protocol number
+	// Client sent the first packet, to VIP. Target answers; Source is whom it
+	// takes for the client.
+	Client, VIP, Source, Target netip.AddrPort
+	// To is the target that the flow was sent to, if Ours says that it was
+	// sent by us and if that target is still installed.
+	To   TargetKey
+	Ours bool
+}
+
+// FlowTable is what the kernel knows of flows.
+type FlowTable interface {
+	// FlowsTo lists the flows of an installed target.
+	FlowsTo(ctx context.Context, target TargetKey) ([]Flow, error)
+	// Terminate forgets all flows of an installed target.
+	Terminate(ctx context.Context, target TargetKey) (int, error)
+	// Prune forgets each flow of the host that stale chooses, ours or not.
+	Prune(ctx context.Context, stale func(Flow) bool) (int, error)
+	// Prompt makes both ends of TCP flows say something.
+	Prompt(flows []Flow) error
+}

@@ -1,0 +1,65 @@
+package balancer
+
+import "net/netip"
+
+// A staleness judges which flows would go elsewhere if they began now, and have
+// no way to notice: the entry of a UDP flow lives for as long as its client
+// sends, whatever became of the target. A TCP flow belongs to its target and is
+// never moved, unless it missed the balancer: a client that retries on an entry
+// from before its listener would retry for ever.
+type staleness struct {
+	services map[serviceAddr]map[string]bool // pools
+	vips     map[netip.Addr]bool
+	// leaving has the targets whose UDP flows do not wait for a deadline.
+	leaving map[TargetKey]bool
+	here    map[TargetKey]bool
+}
+
+type serviceAddr struct {
+	proto uint8
+	at    netip.AddrPort
+}
+
+// newStaleness judges by what should hold now. Vips are those that we have, or
+// had a moment ago.
+func newStaleness(want *Desired, groups []TargetGroupStatus, vips map[netip.Addr]bool) *staleness {
+	j := &staleness{
+		services: make(map[serviceAddr]map[string]bool), vips: vips,
+		leaving: make(map[TargetKey]bool), here: make(map[TargetKey]bool),
+	}
+	for _, s := range want.Table.Services {
+		pools := make(map[string]bool, len(s.Pools))
+		for _, p := range s.Pools {
+			pools[p.Pool] = true
+		}
+		for _, proto := range s.Protocols {
+			j.services[serviceAddr{proto, netip.AddrPortFrom(s.Address, s.Port)}] = pools
+		}
+	}
+	for _, p := range want.Table.Pools {
+		for _, d := range p.Destinations {
+			j.here[TargetKey{Group: p.Name, AddrPort: d.AddrPort()}] = true
+		}
+	}
+	for _, g := range groups {
+		for _, t := range g.Targets {
+			if t.Removed || t.Cut {
+				j.leaving[t.key(g.Name)] = true
+			}
+		}
+	}
+	return j
+}
+
+func (j *staleness) stale(f Flow) bool {
+	pools, served := j.services[serviceAddr{f.Protocol, f.VIP}]
+	switch {
+	case served && f.Target == f.VIP:
+		return true // it was here before the listener, and goes past it
+	case f.Protocol != ProtoUDP || !f.Ours || !j.vips[f.VIP.Addr()]:
+		return false
+	case !served || !j.here[f.To] || !pools[f.To.Group]:
+		return true
+	}
+	return j.leaving[f.To] || f.Target != f.To.AddrPort
+}

@@ -1,0 +1,195 @@
+package balancer
+
+import (
+	"context"
+	"net/netip"
+	"reflect"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+const (
+	// A Linux host answers one prompt in 500 ms for a connection (RFC 5961,
+	// section 7; tcp_invalid_ratelimit), and a prompt may get lost.
+	promptEvery = 600 * time.Millisecond
+	prompts     = 3
+	// forgetAfter leaves a slow client a round trip for the last one.
+	forgetAfter = 2500 * time.Millisecond
+	// pruneEvery is how often all flows are judged when nothing changed.
+	pruneEvery = 30 * time.Second
+	// sweepRetry is the pause after a failure.
+	sweepRetry = time.Second
+)
+
+// A Sweeper ends the flows that the state of the targets says should not be. A
+// change of rules does nothing to flows that began before it.
+type Sweeper struct {
+	reconciler *Reconciler
+	flows      FlowTable
+	log        *zap.Logger
+
+	// The goroutine of Run owns these.
+	cuts   map[TargetKey]*cut
+	judged *Snapshot // flows were judged by it
+	prune  time.Time // when to judge again in any case
+	vips   map[netip.Addr]bool
+}
+
+// A cut is a target whose flows are being ended.
+type cut struct {
+	begun    time.Time
+	prompted int
+	ended    int // flows that were told
+	done     bool
+}
+
+// NewSweeper returns a Sweeper that does what r's snapshots say.
+func NewSweeper(r *Reconciler, flows FlowTable, log *zap.Logger) *Sweeper {
+	return &Sweeper{reconciler: r, flows: flows, log: log, cuts: make(map[TargetKey]*cut), vips: make(map[netip.Addr]bool)}
+}
+
+// Run sweeps after each pass of the Reconciler that changed something, until
+// ctx ends. Then it returns nil.
+func (s *Sweeper) Run(ctx context.Context) error {
+	timer := time.NewTimer(pruneEvery)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.reconciler.passed:
+		case <-timer.C:
+		}
+		wait := pruneEvery
+		if snapshot := s.reconciler.Snapshot(); snapshot != nil && snapshot.Err == nil {
+			wait = s.sweep(ctx, snapshot, time.Now())
+		}
+		timer.Reset(wait)
+	}
+}
+
+// sweep does what is due and returns how long nothing will be.
+func (s *Sweeper) sweep(ctx context.Context, snapshot *Snapshot, now time.Time) time.Duration {
+	wait := s.cut(ctx, snapshot.Groups, now)
+	changed := s.judged == nil || !reflect.DeepEqual(s.judged.Desired, snapshot.Desired)
+	if !changed && now.Before(s.prune) {
+		return min(wait, s.prune.Sub(now))
+	}
+	for _, a := range snapshot.Desired.Table.VIPs {
+		s.vips[a] = true
+	}
+	j := newStaleness(snapshot.Desired, snapshot.Groups, s.vips)
+	n, err := s.flows.Prune(ctx, j.stale)
+	if err != nil {
+		s.failed(ctx, "stale flows cannot be removed, trying again", err)
+		return sweepRetry
+	}
+	if n > 0 {
+		s.log.Info("stale flows removed: their next packets choose anew", zap.Int("flows", n))
+	}
+	s.judged, s.prune = snapshot, now.Add(pruneEvery)
+	s.findLeftover(ctx, snapshot.Groups)
+	return min(wait, pruneEvery)
+}
+
+func (s *Sweeper) failed(ctx context.Context, what string, err error) {
+	if ctx.Err() == nil {
+		s.log.Error(what, zap.Error(err))
+	}
+}
+
+// cut goes on with the targets whose flows are being ended.
+func (s *Sweeper) cut(ctx context.Context, groups []TargetGroupStatus, now time.Time) time.Duration {
+	wait := pruneEvery
+	current := make(map[TargetKey]*cut)
+	for _, g := range groups {
+		for _, t := range g.Targets {
+			if !t.Terminate {
+				continue
+			}
+			key := t.key(g.Name)
+			c := s.cuts[key]
+			if c == nil {
+				c = &cut{begun: now}
+			}
+			current[key] = c
+			if next, more := s.step(ctx, key, c, now); more {
+				wait = min(wait, max(0, next.Sub(now)))
+			}
+		}
+	}
+	s.cuts = current
+	return wait
+}
+
+// step prompts the target's flows, and at last forgets those that are left. It
+// returns when the next step is due, if there is one.
+func (s *Sweeper) step(ctx context.Context, key TargetKey, c *cut, now time.Time) (next time.Time, more bool) {
+	if c.done {
+		return time.Time{}, false
+	}
+	if c.prompted < prompts {
+		if due := c.begun.Add(time.Duration(c.prompted) * promptEvery); now.Before(due) {
+			return due, true
+		}
+		s.prompt(ctx, key, c)
+		c.prompted++
+		if c.prompted < prompts {
+			return c.begun.Add(time.Duration(c.prompted) * promptEvery), true
+		}
+	}
+	if due := c.begun.Add(forgetAfter); now.Before(due) {
+		return due, true
+	}
+	c.done = true
+	if _, err := s.flows.Terminate(ctx, key); err != nil {
+		s.failed(ctx, "flows of a target cannot be ended", err)
+	}
+	if c.ended > 0 {
+		s.log.Info("flows of a target ended", zap.String("target_group", key.Group),
+			zap.Stringer("target", key.AddrPort), zap.Int("flows", c.ended))
+	}
+	return time.Time{}, false
+}
+
+func (s *Sweeper) prompt(ctx context.Context, key TargetKey, c *cut) {
+	flows, err := s.flows.FlowsTo(ctx, key)
+	if err == nil {
+		tcp := flows[:0]
+		for _, f := range flows {
+			if f.Protocol == ProtoTCP && f.Target == key.AddrPort {
+				tcp = append(tcp, f)
+			}
+		}
+		c.ended = max(c.ended, len(tcp))
+		err = s.flows.Prompt(tcp)
+	}
+	if err != nil {
+		// Not for the second time: those who speak by themselves are told, too.
+		s.failed(ctx, "the ends of flows cannot be told that their target is gone", err)
+	}
+}
+
+// findLeftover looks for flows of targets that should have none and are not
+// being cut: those that were cut while nobody was there to do it.
+func (s *Sweeper) findLeftover(ctx context.Context, groups []TargetGroupStatus) {
+	var found []TargetKey
+	for _, g := range groups {
+		for _, t := range g.Targets {
+			if !t.Cut || t.Terminate || t.State == Unused {
+				continue
+			}
+			flows, err := s.flows.FlowsTo(ctx, t.key(g.Name))
+			if err != nil {
+				s.failed(ctx, "flows of a failed target cannot be listed", err)
+			}
+			if len(flows) > 0 {
+				found = append(found, t.key(g.Name))
+			}
+		}
+	}
+	if len(found) > 0 {
+		s.reconciler.leftover(found)
+	}
+}

@@ -1,0 +1,111 @@
+package balancer
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+)
+
+// flowWorld is a FlowTable that notes what is done, and when.
+type flowWorld struct {
+	begun time.Time
+	mu    sync.Mutex
+	flows map[TargetKey][]Flow
+	did   []string
+}
+
+func (w *flowWorld) note(format string, args ...any) {
+	w.did = append(w.did, fmt.Sprintf("%v ", time.Since(w.begun).Round(time.Millisecond))+fmt.Sprintf(format, args...))
+}
+
+func (w *flowWorld) FlowsTo(_ context.Context, k TargetKey) ([]Flow, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append([]Flow{}, w.flows[k]...), nil
+}
+
+func (w *flowWorld) Terminate(_ context.Context, k TargetKey) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := len(w.flows[k])
+	delete(w.flows, k)
+	w.note("terminate %v: %d", k, n)
+	return n, nil
+}
+
+func (w *flowWorld) Prune(_ context.Context, stale func(Flow) bool) (n int, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for k, flows := range w.flows {
+		var kept []Flow
+		for _, f := range flows {
+			if stale(f) {
+				n++
+			} else {
+				kept = append(kept, f)
+			}
+		}
+		w.flows[k] = kept
+	}
+	if n > 0 {
+		w.note("prune %d", n)
+	}
+	return n, nil
+}
+
+func (w *flowWorld) Prompt(flows []Flow) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.note("prompt %d", len(flows))
+	return nil
+}
+
+func TestSweeperEndsFlows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		spec := webSpec(2)
+		spec.TargetGroups[0].Unhealthy.ConnectionTermination = true
+		one, two := webKey("10.0.1.11"), webKey("10.0.1.12")
+		flow := func(k TargetKey) Flow {
+			return Flow{Protocol: ProtoTCP, Target: k.AddrPort, To: k, Ours: true}
+		}
+		flows := &flowWorld{begun: time.Now(), flows: map[TargetKey][]Flow{one: {flow(one), flow(one)}, two: {flow(two)}}}
+		r, stop := start(Options{Parts: newWorld().parts(), Spec: spec, Log: zap.NewNop()})
+		defer stop()
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		defer running.Wait()
+		defer cancel()
+		running.Go(func() { _ = NewSweeper(r, flows, zap.NewNop()).Run(ctx) })
+		synctest.Wait()
+		r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now()), two: healthy(time.Now())})
+		synctest.Wait()
+		target := r.Snapshot().Desired.Table.Pools[0].Destinations[0]
+		if !target.Terminate || target.Weight != 0 {
+			t.Errorf("after the verdict: %+v", target)
+		}
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		want := []string{"0s prompt 2", "600ms prompt 2", "1.2s prompt 2", "2.5s terminate web/10.0.1.11:8080: 2"}
+		if diff := cmp.Diff(want, flows.did); diff != "" {
+			t.Error(diff)
+		}
+		if r.Snapshot().Desired.Table.Pools[0].Destinations[0].Terminate {
+			t.Error("still terminates when all is over")
+		}
+		// A flow that turns up later is found by the next look at all flows.
+		flows.mu.Lock()
+		flows.flows[one], flows.did = []Flow{flow(one)}, nil
+		flows.mu.Unlock()
+		time.Sleep(pruneEvery + terminateFor)
+		synctest.Wait()
+		if n := len(flows.did); n != 4 {
+			t.Errorf("leftover: %q", flows.did)
+		}
+	})
+}
