@@ -37,12 +37,13 @@ type Drain struct {
 // Drains has the targets that are being deregistered, or were at run time.
 type Drains map[TargetKey]Drain
 
-// end is when nothing more follows from the Drain.
-func (d Drain) end() time.Time {
-	if d.Terminate {
-		return d.Until.Add(terminateFor)
+// over reports that nothing more follows from the Drain. Leftover is when its
+// flows began to be ended, if that was late.
+func (d Drain) over(leftover, now time.Time) bool {
+	if !d.Terminate {
+		return !now.Before(d.Until)
 	}
-	return d.Until
+	return !now.Before(later(d.Until, leftover).Add(terminateFor))
 }
 
 func newDrain(g *TargetGroup, now time.Time) Drain {
@@ -117,11 +118,11 @@ func (d Drains) overdue(now time.Time) Drains {
 
 // settle marks what is over and forgets the targets that have left. Changed
 // reports whether there was any.
-func (d Drains) settle(now time.Time) (next Drains, changed bool) {
+func (d Drains) settle(leftover map[TargetKey]time.Time, now time.Time) (next Drains, changed bool) {
 	next = maps.Clone(d)
 	for k, drain := range d {
 		switch {
-		case drain.Done || now.Before(drain.end()):
+		case drain.Done || !drain.over(leftover[k], now):
 		case drain.Removed:
 			delete(next, k)
 			changed = true

@@ -15,14 +15,20 @@ type Flow struct {
 	// sent by us and if that target is still installed.
 	To   TargetKey
 	Ours bool
+	// Live says that a TCP flow is established, or on its way to or from it:
+	// both ends have a connection that they can be told has ended.
+	Live bool
+	// Sent and Answered count the packets of the client and of the target, 0
+	// where nobody counts them.
+	Sent, Answered uint64
 }
 
 // FlowTable is what the kernel knows of flows.
 type FlowTable interface {
 	// FlowsTo lists the flows of an installed target.
 	FlowsTo(ctx context.Context, target TargetKey) ([]Flow, error)
-	// Terminate forgets all flows of an installed target.
-	Terminate(ctx context.Context, target TargetKey) (int, error)
+	// Forget forgets those flows of an installed target that over chooses.
+	Forget(ctx context.Context, target TargetKey, over func(Flow) bool) (int, error)
 	// Prune forgets each flow of the host that stale chooses, ours or not.
 	Prune(ctx context.Context, stale func(Flow) bool) (int, error)
 	// Prompt makes both ends of TCP flows say something.

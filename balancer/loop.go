@@ -23,7 +23,9 @@ type loop struct {
 	// See View.
 	failOpen map[string]FailOpenState
 	leftover map[TargetKey]time.Time
-	routes   map[netip.Addr]Route // nil before the first look
+	// terminating has the targets whose flows the kernel ends.
+	terminating map[TargetKey]bool
+	routes      map[netip.Addr]Route // nil before the first look
 
 	held     *Desired // the kernel was last seen to hold it; nil: unknown
 	counts   Snapshot // what is carried from one Snapshot to the next
@@ -81,8 +83,16 @@ func (l *loop) act(ctx context.Context) {
 	}
 }
 
-// receive takes in what others told. Health is acted on at once, drift after a
-// pause.
+// Verdicts come in swarms: a host that dies takes its targets of both families
+// and of several groups with it. Where a pass is costly, what comes right behind
+// a verdict goes along with it, instead of waiting for a pass of its own.
+const (
+	costly = 20 * time.Millisecond
+	gather = 5 * time.Millisecond
+)
+
+// receive takes in what others told. Health is acted on at once, or nearly so,
+// drift after a pause.
 func (l *loop) receive(ctx context.Context, in inbox) {
 	if in.drift && l.spec != nil && l.driftAt.IsZero() {
 		l.driftAt = time.Now().Add(driftDelay)
@@ -102,7 +112,13 @@ func (l *loop) receive(ctx context.Context, in inbox) {
 			l.health[k] = h
 		}
 	}
-	l.pass(ctx, false)
+	if l.counts.Took < costly {
+		l.pass(ctx, false)
+		return
+	}
+	if at := time.Now().Add(gather); l.changeAt.IsZero() || at.Before(l.changeAt) {
+		l.changeAt = at
+	}
 }
 
 func targetKeys(spec *Spec) map[TargetKey]bool {
@@ -233,7 +249,7 @@ func (l *loop) pass(ctx context.Context, look bool) {
 // tidy forgets what is over.
 func (l *loop) tidy(now time.Time) {
 	maps.DeleteFunc(l.leftover, func(_ TargetKey, at time.Time) bool { return !now.Before(at.Add(terminateFor)) })
-	next, changed := l.drains.settle(now)
+	next, changed := l.drains.settle(l.leftover, now)
 	if !changed {
 		return
 	}
@@ -332,6 +348,7 @@ func (l *loop) settle(done outcome) {
 		l.resyncAt = now.Add(l.resync)
 		l.restUntil = now.Add(driftRest * now.Sub(done.begun))
 	}
+	l.noteTerminating(done, now)
 	l.changeAt = nextChange(done.groups)
 	l.failOpen = make(map[string]FailOpenState, len(done.groups))
 	for _, g := range done.groups {
@@ -344,6 +361,28 @@ func (l *loop) settle(done outcome) {
 	}
 	l.counts.Err = done.err
 	l.publish(done, now)
+}
+
+// noteTerminating counts the time in which flows are ended from when the kernel
+// began to, which a busy host may do late.
+func (l *loop) noteTerminating(done outcome, now time.Time) {
+	if done.err != nil {
+		return
+	}
+	next := make(map[TargetKey]bool)
+	for _, g := range done.groups {
+		for _, t := range g.Targets {
+			if !t.Terminate {
+				continue
+			}
+			key := t.key(g.Name)
+			next[key] = true
+			if !l.terminating[key] {
+				l.leftover[key] = now
+			}
+		}
+	}
+	l.terminating = next
 }
 
 func (l *loop) failed(err error, now time.Time) {

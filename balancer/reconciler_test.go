@@ -368,3 +368,46 @@ func TestSnapshotKnowsOnlySpecTargets(t *testing.T) {
 		}
 	})
 }
+
+// A slowPart takes its time to find that nothing is to be done.
+type slowPart struct {
+	takes time.Duration
+	plans int
+}
+
+func (p *slowPart) Name() string                      { return "slow" }
+func (p *slowPart) Apply(context.Context, Plan) error { return nil }
+func (p *slowPart) Plan(context.Context, *Desired) (Plan, error) {
+	p.plans++
+	time.Sleep(p.takes)
+	return fakePlan{}, nil
+}
+
+func TestVerdictsInASwarmShareAPass(t *testing.T) {
+	for _, c := range []struct {
+		takes time.Duration
+		want  int
+	}{{time.Millisecond, 3}, {costly, 1}} {
+		synctest.Test(t, func(t *testing.T) {
+			part := &slowPart{takes: c.takes}
+			r, stop := start(Options{Parts: []Part{part}, Spec: webSpec(3), Log: zap.NewNop()})
+			defer stop()
+			time.Sleep(time.Second)
+			before := part.plans
+			for _, host := range []string{"10.0.1.11", "10.0.1.12", "10.0.1.13"} {
+				r.SetHealth(map[TargetKey]Health{webKey(host): healthy(time.Now())})
+				time.Sleep(2 * time.Millisecond)
+			}
+			time.Sleep(100 * time.Millisecond)
+			synctest.Wait()
+			if n := part.plans - before; n != c.want {
+				t.Errorf("a pass of %v: %d passes for three verdicts within 6 ms, want %d", c.takes, n, c.want)
+			}
+			for _, target := range r.Snapshot().Groups[0].Targets {
+				if target.State != Healthy {
+					t.Errorf("%v is %v", target.Target.AddrPort(), target.State)
+				}
+			}
+		})
+	}
+}

@@ -14,6 +14,8 @@ const (
 	// section 7; tcp_invalid_ratelimit), and a prompt may get lost.
 	promptEvery = 600 * time.Millisecond
 	prompts     = 3
+	// lookEvery is how often it is looked who was told: those may begin anew.
+	lookEvery = 50 * time.Millisecond
 	// forgetAfter leaves a slow client a round trip for the last one.
 	forgetAfter = 2500 * time.Millisecond
 	// pruneEvery is how often all flows are judged when nothing changed.
@@ -40,9 +42,17 @@ type Sweeper struct {
 type cut struct {
 	begun    time.Time
 	prompted int
-	ended    int // flows that were told
-	done     bool
+	looks    int // since the last prompt
+	// waiting has the flows whose ends were asked to speak, as they were before.
+	waiting map[flowEnds]Flow
+	ended   int
+	done    bool
 }
+
+// flowEnds tells a target's flows from each other.
+type flowEnds struct{ client, vip netip.AddrPort }
+
+func (f Flow) ends() flowEnds { return flowEnds{f.Client, f.VIP} }
 
 // NewSweeper returns a Sweeper that does what r's snapshots say.
 func NewSweeper(r *Reconciler, flows FlowTable, log *zap.Logger) *Sweeper {
@@ -123,50 +133,87 @@ func (s *Sweeper) cut(ctx context.Context, groups []TargetGroupStatus, now time.
 	return wait
 }
 
-// step prompts the target's flows, and at last forgets those that are left. It
-// returns when the next step is due, if there is one.
+// step prompts the target's flows, forgets those whose ends were both told, and
+// at last those that are left. It returns when the next step is due, if there is
+// one.
 func (s *Sweeper) step(ctx context.Context, key TargetKey, c *cut, now time.Time) (next time.Time, more bool) {
 	if c.done {
 		return time.Time{}, false
 	}
-	if c.prompted < prompts {
-		if due := c.begun.Add(time.Duration(c.prompted) * promptEvery); now.Before(due) {
-			return due, true
-		}
-		s.prompt(ctx, key, c)
-		c.prompted++
-		if c.prompted < prompts {
-			return c.begun.Add(time.Duration(c.prompted) * promptEvery), true
-		}
-	}
-	if due := c.begun.Add(forgetAfter); now.Before(due) {
+	last := !now.Before(c.begun.Add(forgetAfter))
+	if due := c.next(); !last && now.Before(due) {
 		return due, true
 	}
-	c.done = true
-	if _, err := s.flows.Terminate(ctx, key); err != nil {
+	if err := s.forget(ctx, key, c, last); err != nil {
 		s.failed(ctx, "flows of a target cannot be ended", err)
 	}
-	if c.ended > 0 {
-		s.log.Info("flows of a target ended", zap.String("target_group", key.Group),
-			zap.Stringer("target", key.AddrPort), zap.Int("flows", c.ended))
+	if last {
+		c.done = true
+		if c.ended > 0 {
+			s.log.Info("flows of a target ended", zap.String("target_group", key.Group),
+				zap.Stringer("target", key.AddrPort), zap.Int("flows", c.ended))
+		}
+		return time.Time{}, false
 	}
-	return time.Time{}, false
+	if c.prompted < prompts && !now.Before(c.begun.Add(time.Duration(c.prompted)*promptEvery)) {
+		s.prompt(ctx, key, c)
+		c.prompted++
+		c.looks = 0
+	} else {
+		c.looks++
+	}
+	return c.next(), true
 }
 
+// next is when there is something to do: looks come quickly after a prompt, when
+// the near ends answer, and then seldom.
+func (c *cut) next() time.Time {
+	if c.prompted == 0 {
+		return c.begun
+	}
+	end := c.begun.Add(forgetAfter)
+	if c.prompted < prompts {
+		end = c.begun.Add(time.Duration(c.prompted) * promptEvery)
+	}
+	look := c.begun.Add(time.Duration(c.prompted-1)*promptEvery + lookEvery<<c.looks)
+	if c.looks > 3 || look.After(end) {
+		return end
+	}
+	return look
+}
+
+// forget removes the flows that are over: the connection is not one any more, or
+// both ends have spoken since the rule was there that answers with a reset.
+func (s *Sweeper) forget(ctx context.Context, key TargetKey, c *cut, all bool) error {
+	n, err := s.flows.Forget(ctx, key, func(f Flow) bool {
+		before, asked := c.waiting[f.ends()]
+		return all || f.Protocol == ProtoTCP && (!f.Live || asked && f.Sent > before.Sent && f.Answered > before.Answered)
+	})
+	c.ended += n
+	return err
+}
+
+// prompt asks those ends that have not spoken.
 func (s *Sweeper) prompt(ctx context.Context, key TargetKey, c *cut) {
 	flows, err := s.flows.FlowsTo(ctx, key)
 	if err == nil {
-		tcp := flows[:0]
+		waiting := make(map[flowEnds]Flow)
+		ask := flows[:0]
 		for _, f := range flows {
-			if f.Protocol == ProtoTCP && f.Target == key.AddrPort {
-				tcp = append(tcp, f)
+			if f.Protocol != ProtoTCP || !f.Live || f.Target != key.AddrPort {
+				continue
+			}
+			ask = append(ask, f)
+			waiting[f.ends()] = f
+			if before, again := c.waiting[f.ends()]; again {
+				waiting[f.ends()] = before
 			}
 		}
-		c.ended = max(c.ended, len(tcp))
-		err = s.flows.Prompt(tcp)
+		c.waiting = waiting
+		err = s.flows.Prompt(ask)
 	}
 	if err != nil {
-		// Not for the second time: those who speak by themselves are told, too.
+		// Those who speak by themselves are told in any case.
 		s.failed(ctx, "the ends of flows cannot be told that their target is gone", err)
 	}
 }

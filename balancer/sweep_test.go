@@ -3,6 +3,7 @@ package balancer
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -18,6 +19,8 @@ type flowWorld struct {
 	mu    sync.Mutex
 	flows map[TargetKey][]Flow
 	did   []string
+	// answers has the clients' ports whose ends answer prompts.
+	answers map[uint16]bool
 }
 
 func (w *flowWorld) note(format string, args ...any) {
@@ -30,12 +33,21 @@ func (w *flowWorld) FlowsTo(_ context.Context, k TargetKey) ([]Flow, error) {
 	return append([]Flow{}, w.flows[k]...), nil
 }
 
-func (w *flowWorld) Terminate(_ context.Context, k TargetKey) (int, error) {
+func (w *flowWorld) Forget(_ context.Context, k TargetKey, over func(Flow) bool) (n int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	n := len(w.flows[k])
-	delete(w.flows, k)
-	w.note("terminate %v: %d", k, n)
+	var kept []Flow
+	for _, f := range w.flows[k] {
+		if over(f) {
+			n++
+		} else {
+			kept = append(kept, f)
+		}
+	}
+	w.flows[k] = kept
+	if n > 0 {
+		w.note("forget %v: %d", k, n)
+	}
 	return n, nil
 }
 
@@ -63,6 +75,14 @@ func (w *flowWorld) Prompt(flows []Flow) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.note("prompt %d", len(flows))
+	for _, asked := range flows {
+		for i := range w.flows[asked.To] {
+			if f := &w.flows[asked.To][i]; f.Client == asked.Client && w.answers[f.Client.Port()] {
+				f.Sent++
+				f.Answered++
+			}
+		}
+	}
 	return nil
 }
 
@@ -71,10 +91,15 @@ func TestSweeperEndsFlows(t *testing.T) {
 		spec := webSpec(2)
 		spec.TargetGroups[0].Unhealthy.ConnectionTermination = true
 		one, two := webKey("10.0.1.11"), webKey("10.0.1.12")
-		flow := func(k TargetKey) Flow {
-			return Flow{Protocol: ProtoTCP, Target: k.AddrPort, To: k, Ours: true}
+		flow := func(k TargetKey, port uint16) Flow {
+			return Flow{Protocol: ProtoTCP, Client: netip.AddrPortFrom(addr("203.0.113.9"), port), Target: k.AddrPort, To: k, Ours: true, Live: true}
 		}
-		flows := &flowWorld{begun: time.Now(), flows: map[TargetKey][]Flow{one: {flow(one), flow(one)}, two: {flow(two)}}}
+		opening := flow(one, 3)
+		opening.Live = false
+		flows := &flowWorld{
+			begun: time.Now(), answers: map[uint16]bool{1: true},
+			flows: map[TargetKey][]Flow{one: {flow(one, 1), flow(one, 2), opening}, two: {flow(two, 1)}},
+		}
 		r, stop := start(Options{Parts: newWorld().parts(), Spec: spec, Log: zap.NewNop()})
 		defer stop()
 		ctx, cancel := context.WithCancel(t.Context())
@@ -91,7 +116,10 @@ func TestSweeperEndsFlows(t *testing.T) {
 		}
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		want := []string{"0s prompt 2", "600ms prompt 2", "1.2s prompt 2", "2.5s terminate web/10.0.1.11:8080: 2"}
+		want := []string{
+			"0s forget web/10.0.1.11:8080: 1", "0s prompt 2", "50ms forget web/10.0.1.11:8080: 1",
+			"600ms prompt 1", "1.2s prompt 1", "2.5s forget web/10.0.1.11:8080: 1",
+		}
 		if diff := cmp.Diff(want, flows.did); diff != "" {
 			t.Error(diff)
 		}
@@ -100,7 +128,7 @@ func TestSweeperEndsFlows(t *testing.T) {
 		}
 		// A flow that turns up later is found by the next look at all flows.
 		flows.mu.Lock()
-		flows.flows[one], flows.did = []Flow{flow(one)}, nil
+		flows.flows[one], flows.did = []Flow{flow(one, 2)}, nil
 		flows.mu.Unlock()
 		time.Sleep(pruneEvery + terminateFor)
 		synctest.Wait()

@@ -18,8 +18,8 @@ type View struct {
 	Routes map[netip.Addr]Route
 	// FailOpen is how each group stood when it was last looked at.
 	FailOpen map[string]FailOpenState
-	// Leftover has the targets that were found to have flows although they
-	// should have none, and when.
+	// Leftover has the targets whose flows were found, or began to be ended,
+	// later than their state says, and when.
 	Leftover map[TargetKey]time.Time
 	Now      time.Time
 }
@@ -86,9 +86,9 @@ func Targets(spec *Spec, seen View) []TargetGroupStatus {
 func removedTargets(seen View) map[string][]TargetStatus {
 	byGroup := make(map[string][]TargetStatus)
 	for k, d := range seen.Drains {
-		if d.Removed && seen.Now.Before(d.end()) {
+		if d.Removed && !d.over(seen.Leftover[k], seen.Now) {
 			s := TargetStatus{Target: d.Target, Removed: true}
-			byGroup[k.Group] = append(byGroup[k.Group], s.drained(d, seen.Now))
+			byGroup[k.Group] = append(byGroup[k.Group], s.drained(d, seen.Leftover[k], seen.Now))
 		}
 	}
 	return byGroup
@@ -155,7 +155,7 @@ func targetStatus(g *TargetGroup, t Target, used bool, seen View) TargetStatus {
 		return status
 	}
 	if d, ok := seen.Drains[key]; ok && !d.Removed {
-		return status.drained(d, seen.Now)
+		return status.drained(d, seen.Leftover[key], seen.Now)
 	}
 	switch status.State {
 	case Healthy:
@@ -175,7 +175,7 @@ func targetStatus(g *TargetGroup, t Target, used bool, seen View) TargetStatus {
 }
 
 // drained is the status of a target that is being deregistered.
-func (s TargetStatus) drained(d Drain, now time.Time) TargetStatus {
+func (s TargetStatus) drained(d Drain, leftover, now time.Time) TargetStatus {
 	if now.Before(d.Until) {
 		s.Health = Health{State: Draining, Reason: ReasonDeregistrationInProgress, Since: d.Since}
 		s.Until = d.Until
@@ -184,7 +184,7 @@ func (s TargetStatus) drained(d Drain, now time.Time) TargetStatus {
 	s.Health = Health{State: Unused, Reason: ReasonNotRegistered, Since: d.Until}
 	if d.Terminate && !d.Done {
 		s.Cut = true
-		s.terminate(d.Until, now)
+		s.terminate(later(d.Until, leftover), now)
 	}
 	return s
 }
@@ -200,10 +200,7 @@ func (s *TargetStatus) cutUnhealthy(g *TargetGroup, seen View) {
 	if !g.Unhealthy.ConnectionTermination {
 		from = from.Add(g.Unhealthy.DrainingInterval)
 	}
-	s.terminate(from, seen.Now)
-	if found, ok := seen.Leftover[s.key(g.Name)]; ok && !s.Terminate {
-		s.terminate(found, seen.Now)
-	}
+	s.terminate(later(from, seen.Leftover[s.key(g.Name)]), seen.Now)
 }
 
 // terminate ends the target's flows for a while after from.
@@ -211,4 +208,11 @@ func (s *TargetStatus) terminate(from, now time.Time) {
 	if until := from.Add(terminateFor); now.Before(until) {
 		s.Terminate, s.TerminateUntil = true, until
 	}
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }

@@ -108,8 +108,14 @@ var tcpStates = [...]string{
 	"LAST_ACK", "TIME_WAIT", "CLOSE", "SYN_SENT2",
 }
 
-// Established is the state between the handshake and the first FIN.
-const Established TCPState = 3
+const (
+	// SynRecv is the state once the target has answered.
+	SynRecv TCPState = 2
+	// Established is the state between the handshake and the first FIN.
+	Established TCPState = 3
+	// LastAck is the state once both ends have sent a FIN.
+	LastAck TCPState = 6
+)
 
 // String is the state's name in conntrack(8).
 func (s TCPState) String() string {

@@ -87,16 +87,16 @@ func (t *Tracker) Terminate(ctx context.Context, mark, mask uint32) (n int, err 
 // and the answers still fit the socket's buffer.
 const removeBatch = 1000
 
-// DeleteFunc ends each flow of this host that doomed chooses, ours or not, and
-// returns how many. A flow of ours from before there was a mark for it is one
-// that only its addresses tell.
+// DeleteFunc ends each flow of this host that filter and doomed choose, ours or
+// not, and returns how many: a flow to a VIP from before there was a mark for it
+// is one that only its addresses tell.
 // Flows that ended by themselves meanwhile are not counted and no error; nor is
 // a new flow between the same ports ended in their place. doomed may be asked
 // twice about a flow. After an error some flows may have been ended.
-func (t *Tracker) DeleteFunc(ctx context.Context, doomed func(Flow) bool) (n int, err error) {
+func (t *Tracker) DeleteFunc(ctx context.Context, filter Filter, doomed func(Flow) bool) (n int, err error) {
 	var names []flowName
-	err = t.dump(ctx, markFilter{}, func() { names = nil }, func(r *record) error {
-		if !Status(r.status).dying() && doomed(r.flow()) {
+	err = t.dump(ctx, markFilter{filter.Mark, filter.Mask}, func() { names = nil }, func(r *record) error {
+		if r.mark&filter.Mask == filter.Mark && !Status(r.status).dying() && doomed(r.flow()) {
 			names = append(names, r.name())
 		}
 		return nil

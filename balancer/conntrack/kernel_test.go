@@ -462,15 +462,20 @@ func TestDeleteFunc(t *testing.T) {
 	create(t, 0, 3*removeBatch, dns)
 	create(t, 3*removeBatch, 100, foreign)
 	datagrams(t, "2001:db8:1::9", "[2001:db8::10]:53", 1, 1)
+	strangers := 0
 	odd := func(f Flow) bool {
 		if f.Mark&mask == 0 {
-			t.Errorf("asked about somebody else's flow %v", f)
+			strangers++
+			return false
 		}
 		return f.Original.Src.Port()%2 == 1 || f.Original.Src.Addr().Is6()
 	}
-	n, err := tr.DeleteFunc(context.Background(), odd)
+	n, err := tr.DeleteFunc(context.Background(), Filter{}, odd)
 	if want := 3*removeBatch/2 + 1; err != nil || n != want {
 		t.Errorf("deleted %d, %v, want %d", n, err, want)
+	}
+	if strangers < 100 {
+		t.Errorf("asked about %d flows of others, want all 100", strangers)
 	}
 	if got := counts(t, tr, clk)[dns].Active; got != 3*removeBatch/2 {
 		t.Errorf("%d flows left, want %d", got, 3*removeBatch/2)
@@ -478,8 +483,13 @@ func TestDeleteFunc(t *testing.T) {
 	if n := tr.Stats().Table; n != 3*removeBatch/2+100 {
 		t.Errorf("%d flows in the table", n)
 	}
-	if n, err := tr.DeleteFunc(context.Background(), odd); err != nil || n != 0 {
+	if n, err := tr.DeleteFunc(context.Background(), Filter{}, odd); err != nil || n != 0 {
 		t.Errorf("deleted %d, %v, want none", n, err)
+	}
+	everything := func(f Flow) bool { return true }
+	n, err = tr.DeleteFunc(context.Background(), Filter{Mark: dns, Mask: mask}, everything)
+	if err != nil || n != 3*removeBatch/2 {
+		t.Errorf("deleted %d of one mark, %v, want %d", n, err, 3*removeBatch/2)
 	}
 }
 
@@ -728,7 +738,7 @@ func BenchmarkTerminate33kOf100k(b *testing.B) {
 func BenchmarkDelete33kOf100k(b *testing.B) {
 	tr, _ := crowd(b)
 	for b.Loop() {
-		n, err := tr.DeleteFunc(context.Background(), func(f Flow) bool { return f.Mark&mask == web })
+		n, err := tr.DeleteFunc(context.Background(), Filter{}, func(f Flow) bool { return f.Mark&mask == web })
 		if err != nil || n != 33_334 {
 			b.Fatal(n, err)
 		}

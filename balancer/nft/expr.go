@@ -277,13 +277,13 @@ func (b *ruleBuilder) tcpNotRST() {
 	b.say("tcp flags & rst == 0")
 }
 
-// tcpNotSYN matches TCP segments other than the first of a connection.
-func (b *ruleBuilder) tcpNotSYN() {
+// tcpSYN compares a TCP segment's flags with those of the first of a connection.
+func (b *ruleBuilder) tcpSYN(op uint32, sign string) {
 	const fin, syn, rst, ack = 1, 2, 4, 16
 	b.payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1, 0)
 	b.bitwise(0, []byte{fin | syn | rst | ack}, []byte{0})
-	b.cmp(unix.NFT_CMP_NEQ, 0, []byte{syn})
-	b.say("tcp flags & (fin | syn | rst | ack) != syn")
+	b.cmp(op, 0, []byte{syn})
+	b.say("tcp flags & (fin | syn | rst | ack) %s syn", sign)
 }
 
 // --- sets and maps -----------------------------------------------------------

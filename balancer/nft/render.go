@@ -102,7 +102,7 @@ func baseChains(ending bool) []*Chain {
 	}
 	filter := func(name string, hook uint32, rules ...Rule) *Chain {
 		if ending {
-			rules = append([]Rule{endRule()}, rules...)
+			rules = append(endRules(), rules...)
 		}
 		return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityFilter}, Rules: rules}
 	}
@@ -206,24 +206,35 @@ func forwardRules() []Rule {
 	return append(rules, eachFamily(func(b *ruleBuilder, f *family) {
 		b.ctState(ctNew, "new")
 		b.l4proto(unix.IPPROTO_TCP)
-		b.tcpNotSYN()
+		b.tcpSYN(unix.NFT_CMP_NEQ, "!=")
 		b.sourceServiceInSet(f, "targets"+f.name)
 		b.dropAs(counterInvalid)
 	})...)
 }
 
-// endRule answers whatever a flow's end sends with a reset. The kernel numbers it
+// endRules answer whatever a flow's end sends with a reset. The kernel numbers it
 // from the segment itself, which is what RFC 5961, section 3, wants of a reset to
 // be believed, and sends it as a reply of the flow, so that NAT gives it the
 // addresses that the sender knows. Resets pass: ours meets this rule again on its
 // way out, and one end's own tells the other.
-func endRule() Rule {
-	return rule(func(b *ruleBuilder) {
-		b.l4proto(unix.IPPROTO_TCP)
-		b.ctMarkInSet(TargetMask, setEnded)
-		b.tcpNotRST()
-		b.reset()
-	})
+//
+// A client that was told may begin anew from the same port before its old flow is
+// forgotten. Its SYN is dropped, so that it asks again, when it can choose anew.
+func endRules() []Rule {
+	return []Rule{
+		rule(func(b *ruleBuilder) {
+			b.l4proto(unix.IPPROTO_TCP)
+			b.ctMarkInSet(TargetMask, setEnded)
+			b.tcpSYN(unix.NFT_CMP_EQ, "==")
+			b.drop()
+		}),
+		rule(func(b *ruleBuilder) {
+			b.l4proto(unix.IPPROTO_TCP)
+			b.ctMarkInSet(TargetMask, setEnded)
+			b.tcpNotRST()
+			b.reset()
+		}),
+	}
 }
 
 // promptRule keeps what makes the ends of a flow speak out of connection

@@ -38,18 +38,19 @@ func (t flowTable) FlowsTo(ctx context.Context, target balancer.TargetKey) ([]ba
 	return flows, nil
 }
 
-// Terminate implements balancer.FlowTable.
-func (t flowTable) Terminate(ctx context.Context, target balancer.TargetKey) (int, error) {
+// Forget implements balancer.FlowTable.
+func (t flowTable) Forget(ctx context.Context, target balancer.TargetKey, over func(balancer.Flow) bool) (int, error) {
 	mark, ok := t.dataplane.Number(target)
 	if !ok {
 		return 0, nil
 	}
-	return t.flows.Terminate(ctx, uint32(mark), nft.TargetMask)
+	return t.flows.DeleteFunc(ctx, conntrack.Filter{Mark: uint32(mark), Mask: nft.TargetMask},
+		func(f conntrack.Flow) bool { return over(t.flow(f)) })
 }
 
 // Prune implements balancer.FlowTable.
 func (t flowTable) Prune(ctx context.Context, stale func(balancer.Flow) bool) (int, error) {
-	return t.flows.DeleteFunc(ctx, func(f conntrack.Flow) bool { return stale(t.flow(f)) })
+	return t.flows.DeleteFunc(ctx, conntrack.Filter{}, func(f conntrack.Flow) bool { return stale(t.flow(f)) })
 }
 
 // Prompt implements balancer.FlowTable.
@@ -71,5 +72,7 @@ func (t flowTable) flow(f conntrack.Flow) balancer.Flow {
 		Protocol: uint8(f.Protocol),
 		Client:   f.Original.Src, VIP: f.Original.Dst, Source: f.Reply.Dst, Target: f.Reply.Src,
 		To: to, Ours: mark.Target() != 0,
+		Live: f.TCPState >= conntrack.SynRecv && f.TCPState <= conntrack.LastAck,
+		Sent: f.Original.Packets, Answered: f.Reply.Packets,
 	}
 }

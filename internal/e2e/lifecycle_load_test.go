@@ -26,7 +26,7 @@ func TestManyChangesUnderLoad(t *testing.T) {
 	top := routed(t, lab.Options{Targets: 5})
 	serveTargets(t, top, targetPort)
 	client := top.Clients[0]
-	delays := []map[string]any{leaving(0, true), leaving(time.Second, true), leaving(2 * time.Second, false)}
+	delays := []map[string]any{leaving(0, true), leaving(time.Second, true), leaving(2*time.Second, false)}
 	file := func(n int) config {
 		of := targets(top.Targets[:stable]...)
 		for i, x := range top.Targets[stable:] {

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"nlb/balancer"
 	"nlb/bench/lab"
 )
@@ -22,14 +24,15 @@ import (
 func TestMuseum(t *testing.T) {
 	t.Parallel()
 	for name, exhibit := range map[string]func(*testing.T){
-		"weight 0 left behind by a reload":             weightLeftBehind,
-		"a removed unhealthy target stays installed":   removedUnhealthy,
-		"a repaired check does not bring targets back": repairedCheck,
-		"weight 0 becomes 1":                           weightFromZero,
-		"a moment without any target":                  momentWithout,
-		"expiring flows revive a drained target":       revivedByExpiry,
-		"a reused source port meets a drained target":  reusedPort,
-		"sticky clients of a drained target":           stickyDrained,
+		"weight 0 left behind by a reload":                   weightLeftBehind,
+		"a removed unhealthy target stays installed":         removedUnhealthy,
+		"a repaired check does not bring targets back":       repairedCheck,
+		"weight 0 becomes 1":                                 weightFromZero,
+		"a moment without any target":                        momentWithout,
+		"expiring flows revive a drained target":             revivedByExpiry,
+		"a reused source port meets a drained target":        reusedPort,
+		"a client that was cut off comes back from its port": cutOffReturns,
+		"sticky clients of a drained target":                 stickyDrained,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -370,6 +373,56 @@ func reusedPort(t *testing.T) {
 		if err != nil || who == t1.Name {
 			t.Errorf("IPv%s, closed %s: port %d is answered by %q: %v", f.name, closed[x.how].name, x.port, who, err)
 		}
+	}
+}
+
+// cutOffReturns has clients that connect again as soon as they are cut off, and
+// from the same ports, as kernels and NATs do. They reach the other target.
+func cutOffReturns(t *testing.T) {
+	top := routed(t, lab.Options{})
+	serveTargets(t, top, targetPort)
+	client, t1 := top.Clients[0], top.Targets[0]
+	d, _ := museum(t, top, func(g *group) { g.Deregister = leaving(0, true) })
+	d.waitAllHealthy()
+	const first, ports = 24000, 24
+	type flow struct {
+		to   netip.AddrPort
+		conn *net.TCPConn
+	}
+	var mine []flow
+	for _, f := range families {
+		for port := uint16(first); port < first+ports; port++ {
+			conn, err := dialFrom(t, client, netip.AddrPortFrom(f.addr(client), port), f.at(webPort))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if ask(t, conn, json.NewDecoder(conn)) == t1.Name {
+				mine = append(mine, flow{f.at(webPort), conn})
+			}
+		}
+	}
+	if len(mine) == 0 {
+		t.Fatal("no flow is at the target, so this test shows nothing")
+	}
+	d.life("drain", t1, "web")
+	failures := map[string]int{}
+	for _, x := range mine {
+		if _, err := x.conn.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("a flow to %v ended with %v, want a reset", x.to, err)
+		}
+		from := x.conn.LocalAddr().(*net.TCPAddr).AddrPort()
+		_ = x.conn.Close()
+		conn, err := dialFrom(t, client, from, x.to)
+		if err != nil {
+			failures[errors.Unwrap(err).Error()]++
+			continue
+		}
+		if who := ask(t, conn, json.NewDecoder(conn)); who == t1.Name {
+			failures["answered by "+who]++
+		}
+	}
+	if len(failures) > 0 {
+		t.Errorf("of %d clients that came back: %v", len(mine), failures)
 	}
 }
 

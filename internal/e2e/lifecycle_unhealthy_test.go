@@ -133,7 +133,6 @@ func TestUnhealthyTerminates(t *testing.T) {
 	again := hold(t, client, cutPort)
 	// The flows of the time before are over, those of now are not touched.
 	again.alive("healthy again", t1.Name, t2.Name)
-	w.spared("healthy again", again, t1.Name)
 	eventually(t, "nothing to change", d.planned)
 }
 
