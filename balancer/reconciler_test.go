@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -372,13 +373,13 @@ func TestSnapshotKnowsOnlySpecTargets(t *testing.T) {
 // A slowPart takes its time to find that nothing is to be done.
 type slowPart struct {
 	takes time.Duration
-	plans int
+	plans atomic.Int32
 }
 
 func (p *slowPart) Name() string                      { return "slow" }
 func (p *slowPart) Apply(context.Context, Plan) error { return nil }
 func (p *slowPart) Plan(context.Context, *Desired) (Plan, error) {
-	p.plans++
+	p.plans.Add(1)
 	time.Sleep(p.takes)
 	return fakePlan{}, nil
 }
@@ -386,21 +387,21 @@ func (p *slowPart) Plan(context.Context, *Desired) (Plan, error) {
 func TestVerdictsInASwarmShareAPass(t *testing.T) {
 	for _, c := range []struct {
 		takes time.Duration
-		want  int
+		want  int32
 	}{{time.Millisecond, 3}, {costly, 1}} {
 		synctest.Test(t, func(t *testing.T) {
 			part := &slowPart{takes: c.takes}
 			r, stop := start(Options{Parts: []Part{part}, Spec: webSpec(3), Log: zap.NewNop()})
 			defer stop()
 			time.Sleep(time.Second)
-			before := part.plans
+			before := part.plans.Load()
 			for _, host := range []string{"10.0.1.11", "10.0.1.12", "10.0.1.13"} {
 				r.SetHealth(map[TargetKey]Health{webKey(host): healthy(time.Now())})
 				time.Sleep(2 * time.Millisecond)
 			}
 			time.Sleep(100 * time.Millisecond)
 			synctest.Wait()
-			if n := part.plans - before; n != c.want {
+			if n := part.plans.Load() - before; n != c.want {
 				t.Errorf("a pass of %v: %d passes for three verdicts within 6 ms, want %d", c.takes, n, c.want)
 			}
 			for _, target := range r.Snapshot().Groups[0].Targets {
