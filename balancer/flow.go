@@ -15,8 +15,9 @@ type Flow struct {
 	// sent by us and if that target is still installed.
 	To   TargetKey
 	Ours bool
-	// Live says that a TCP flow is established, or on its way to or from it:
-	// both ends have a connection that they can be told has ended.
+	// Live says that an end of a TCP flow may have a connection that it can be
+	// told has ended: the flow is established, on its way to or from it, or was
+	// reset, which the packet filter does to one end at a time.
 	Live bool
 	// Sent and Answered count the packets of the client and of the target, 0
 	// where nobody counts them.

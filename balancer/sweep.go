@@ -182,12 +182,14 @@ func (c *cut) next() time.Time {
 	return look
 }
 
-// forget removes the flows that are over: the connection is not one any more, or
-// both ends have spoken since the rule was there that answers with a reset.
+// forget removes the flows that are over: there was no connection when they were
+// looked at, or both ends have spoken since the rule was there that answers with
+// a reset. That a flow looks closed is no sign that both were told: the first
+// reset closes it in the kernel's eyes (nf_ct_set_closing, Linux 6.3).
 func (s *Sweeper) forget(ctx context.Context, key TargetKey, c *cut, all bool) error {
 	n, err := s.flows.Forget(ctx, key, func(f Flow) bool {
 		before, asked := c.waiting[f.ends()]
-		return all || f.Protocol == ProtoTCP && (!f.Live || asked && f.Sent > before.Sent && f.Answered > before.Answered)
+		return all || f.Protocol == ProtoTCP && (!asked && !f.Live || asked && f.Sent > before.Sent && f.Answered > before.Answered)
 	})
 	c.ended += n
 	return err
@@ -200,14 +202,15 @@ func (s *Sweeper) prompt(ctx context.Context, key TargetKey, c *cut) {
 		waiting := make(map[flowEnds]Flow)
 		ask := flows[:0]
 		for _, f := range flows {
-			if f.Protocol != ProtoTCP || !f.Live || f.Target != key.AddrPort {
+			before, again := c.waiting[f.ends()]
+			if f.Protocol != ProtoTCP || !f.Live && !again || f.Target != key.AddrPort {
 				continue
 			}
-			ask = append(ask, f)
-			waiting[f.ends()] = f
-			if before, again := c.waiting[f.ends()]; again {
-				waiting[f.ends()] = before
+			if !again {
+				before = f
 			}
+			ask = append(ask, f)
+			waiting[f.ends()] = before
 		}
 		c.waiting = waiting
 		err = s.flows.Prompt(ask)

@@ -19,8 +19,9 @@ type flowWorld struct {
 	mu    sync.Mutex
 	flows map[TargetKey][]Flow
 	did   []string
-	// answers has the clients' ports whose ends answer prompts.
-	answers map[uint16]bool
+	// answers has how many packets a prompt draws from the client, by its port,
+	// and from the target. The first reset closes the flow.
+	answers map[uint16][2]uint64
 }
 
 func (w *flowWorld) note(format string, args ...any) {
@@ -77,9 +78,10 @@ func (w *flowWorld) Prompt(flows []Flow) error {
 	w.note("prompt %d", len(flows))
 	for _, asked := range flows {
 		for i := range w.flows[asked.To] {
-			if f := &w.flows[asked.To][i]; f.Client == asked.Client && w.answers[f.Client.Port()] {
-				f.Sent++
-				f.Answered++
+			if f := &w.flows[asked.To][i]; f.Client == asked.Client {
+				drawn := w.answers[f.Client.Port()]
+				f.Sent, f.Answered = f.Sent+drawn[0], f.Answered+drawn[1]
+				f.Live = f.Live && drawn == [2]uint64{}
 			}
 		}
 	}
@@ -97,8 +99,8 @@ func TestSweeperEndsFlows(t *testing.T) {
 		opening := flow(one, 3)
 		opening.Live = false
 		flows := &flowWorld{
-			begun: time.Now(), answers: map[uint16]bool{1: true},
-			flows: map[TargetKey][]Flow{one: {flow(one, 1), flow(one, 2), opening}, two: {flow(two, 1)}},
+			begun: time.Now(), answers: map[uint16][2]uint64{1: {1, 1}, 4: {1, 0}},
+			flows: map[TargetKey][]Flow{one: {flow(one, 1), flow(one, 2), opening, flow(one, 4)}, two: {flow(two, 1)}},
 		}
 		r, stop := start(Options{Parts: newWorld().parts(), Spec: spec, Log: zap.NewNop()})
 		defer stop()
@@ -117,8 +119,8 @@ func TestSweeperEndsFlows(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
 		want := []string{
-			"0s forget web/10.0.1.11:8080: 1", "0s prompt 2", "50ms forget web/10.0.1.11:8080: 1",
-			"600ms prompt 1", "1.2s prompt 1", "2.5s forget web/10.0.1.11:8080: 1",
+			"0s forget web/10.0.1.11:8080: 1", "0s prompt 3", "50ms forget web/10.0.1.11:8080: 1",
+			"600ms prompt 2", "1.2s prompt 2", "2.5s forget web/10.0.1.11:8080: 2",
 		}
 		if diff := cmp.Diff(want, flows.did); diff != "" {
 			t.Error(diff)

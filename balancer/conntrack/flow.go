@@ -115,6 +115,8 @@ const (
 	Established TCPState = 3
 	// LastAck is the state once both ends have sent a FIN.
 	LastAck TCPState = 6
+	// Close is the state once an end was reset.
+	Close TCPState = 8
 )
 
 // String is the state's name in conntrack(8).

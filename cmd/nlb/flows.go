@@ -72,7 +72,7 @@ func (t flowTable) flow(f conntrack.Flow) balancer.Flow {
 		Protocol: uint8(f.Protocol),
 		Client:   f.Original.Src, VIP: f.Original.Dst, Source: f.Reply.Dst, Target: f.Reply.Src,
 		To: to, Ours: mark.Target() != 0,
-		Live: f.TCPState >= conntrack.SynRecv && f.TCPState <= conntrack.LastAck,
+		Live: f.TCPState >= conntrack.SynRecv && f.TCPState <= conntrack.LastAck || f.TCPState == conntrack.Close,
 		Sent: f.Original.Packets, Answered: f.Reply.Packets,
 	}
 }

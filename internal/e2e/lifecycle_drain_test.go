@@ -98,6 +98,7 @@ func TestDrain(t *testing.T) {
 			case <-soon(t).Done():
 				t.Errorf("%s: a busy flow goes on after the deadline", g.name)
 			}
+			w.reset(g.name+": a busy flow", families[0].at(g.port), []lab.Reply{x.flow}, before.Add(delay-slack), drained.Add(delay+slack))
 		} else {
 			w.spared(g.name, h, t1.Name)
 			h.alive("after the deadline", t1.Name)

@@ -336,7 +336,7 @@ func reusedPort(t *testing.T) {
 		if err != nil {
 			return "", err
 		}
-		who := ask(t, conn, json.NewDecoder(conn))
+		who := ask(t, conn, json.NewDecoder(conn)).Who
 		return who, end(conn)
 	}
 	type flow struct {
@@ -396,7 +396,7 @@ func cutOffReturns(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if ask(t, conn, json.NewDecoder(conn)) == t1.Name {
+			if ask(t, conn, json.NewDecoder(conn)).Who == t1.Name {
 				mine = append(mine, flow{f.at(webPort), conn})
 			}
 		}
@@ -417,7 +417,7 @@ func cutOffReturns(t *testing.T) {
 			failures[errors.Unwrap(err).Error()]++
 			continue
 		}
-		if who := ask(t, conn, json.NewDecoder(conn)); who == t1.Name {
+		if who := ask(t, conn, json.NewDecoder(conn)).Who; who == t1.Name {
 			failures["answered by "+who]++
 		}
 	}

@@ -237,25 +237,32 @@ func (w *witness) ends(to netip.AddrPort, flows []lab.Reply) []time.Time {
 func (w *witness) cut(what string, h *holding, who string, earliest, latest time.Time) {
 	w.t.Helper()
 	for i, f := range families {
-		var times []time.Time
-		eventually(w.t, fmt.Sprintf("%s: resets for the flows of %s to %v", what, who, f.at(h.port)), func() error {
-			times = w.ends(f.at(h.port), h.at(i, who))
-			var missing [2]int
-			for j, at := range times {
-				if at.IsZero() {
-					missing[j%2]++
-				}
+		w.reset(fmt.Sprintf("%s: flows of %s", what, who), f.at(h.port), h.at(i, who), earliest, latest)
+	}
+}
+
+// reset waits until both ends of some flows of one target were reset, and fails
+// the test unless that was between two moments.
+func (w *witness) reset(what string, to netip.AddrPort, flows []lab.Reply, earliest, latest time.Time) {
+	w.t.Helper()
+	var times []time.Time
+	eventually(w.t, fmt.Sprintf("%s to %v: resets", what, to), func() error {
+		times = w.ends(to, flows)
+		var missing [2]int
+		for j, at := range times {
+			if at.IsZero() {
+				missing[j%2]++
 			}
-			if missing != [2]int{} {
-				return fmt.Errorf("of %d flows, %d clients and %d targets saw none", len(times)/2, missing[0], missing[1])
-			}
-			return nil
-		})
-		first, last := slices.MinFunc(times, time.Time.Compare), slices.MaxFunc(times, time.Time.Compare)
-		if first.Before(earliest) || last.After(latest) {
-			w.t.Errorf("%s, %v: reset between %v and %v after the earliest moment, which is %v before the latest",
-				what, f.at(h.port), first.Sub(earliest), last.Sub(earliest), latest.Sub(earliest))
 		}
+		if missing != [2]int{} {
+			return fmt.Errorf("of %d flows, %d clients and %d targets saw none", len(times)/2, missing[0], missing[1])
+		}
+		return nil
+	})
+	first, last := slices.MinFunc(times, time.Time.Compare), slices.MaxFunc(times, time.Time.Compare)
+	if first.Before(earliest) || last.After(latest) {
+		w.t.Errorf("%s to %v: reset between %v and %v after the earliest moment, which is %v before the latest",
+			what, to, first.Sub(earliest), last.Sub(earliest), latest.Sub(earliest))
 	}
 }
 
@@ -313,7 +320,7 @@ func dialFrom(t *testing.T, n *lab.Node, from, to netip.AddrPort) (*net.TCPConn,
 
 // A talker is a connection that is never silent.
 type talker struct {
-	who   string
+	flow  lab.Reply
 	ended chan struct{} // closed when it is over
 	at    time.Time     // when it was; valid when ended is closed
 	err   error         // why; valid when ended is closed
@@ -332,9 +339,11 @@ func talk(t *testing.T, client *lab.Node, to netip.AddrPort, who string) *talker
 		if err != nil {
 			t.Fatal(err)
 		}
-		x := &talker{ended: make(chan struct{})}
 		answers := json.NewDecoder(conn)
-		if x.who = ask(t, conn, answers); x.who == who {
+		x := &talker{ended: make(chan struct{}), flow: lab.Reply{
+			Answer: ask(t, conn, answers), From: conn.LocalAddr().(*net.TCPAddr).AddrPort(),
+		}}
+		if x.flow.Who == who {
 			go x.run(conn, answers)
 			return x
 		}
@@ -344,8 +353,8 @@ func talk(t *testing.T, client *lab.Node, to netip.AddrPort, who string) *talker
 	return nil
 }
 
-// ask returns who answers on a connection.
-func ask(t *testing.T, conn io.Writer, answers *json.Decoder) string {
+// ask returns what is answered on a connection.
+func ask(t *testing.T, conn io.Writer, answers *json.Decoder) lab.Answer {
 	t.Helper()
 	var a lab.Answer
 	_, err := io.WriteString(conn, "who\n")
@@ -355,7 +364,7 @@ func ask(t *testing.T, conn io.Writer, answers *json.Decoder) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return a.Who
+	return a
 }
 
 func (x *talker) run(conn net.Conn, answers *json.Decoder) {
