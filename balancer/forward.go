@@ -150,6 +150,7 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 		ClientIP:  g.ClientIP,
 		AvoidSelf: g.AvoidSelf,
 		Sticky:    g.Stickiness == StickySourceIP,
+		Observed:  g.Passive.MaxFailures > 0,
 	}
 	for _, t := range status.Targets {
 		if t.State == Unused && !t.Terminate {

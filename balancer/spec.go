@@ -188,6 +188,7 @@ type TargetGroup struct {
 	FailOpen            FailOpen
 	ProxyProtocol       ProxyProtocol
 	HealthCheck         HealthCheck
+	Passive             PassiveCheck
 	Targets             []Target
 }
 
@@ -208,6 +209,15 @@ type UnhealthyAction struct {
 type FailOpen struct {
 	MinimumHealthyCount      int
 	MinimumHealthyPercentage int
+}
+
+// A PassiveCheck judges targets by the TCP flows of clients. A target that
+// leaves MaxFailures of them in a row without an answer, or refuses them, is
+// held: it gets no new flows for Hold, and for twice as long each time it fails
+// again soon after it came back, up to MaxHold. The zero value holds nobody.
+type PassiveCheck struct {
+	MaxFailures   int
+	Hold, MaxHold time.Duration
 }
 
 // ProxyProtocol has the options of ClientIP ProxyProtocolV2.

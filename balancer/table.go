@@ -54,6 +54,8 @@ type Pool struct {
 	ClientIP  ClientIP
 	AvoidSelf bool
 	Sticky    bool
+	// Observed says that the Outcomes of its TCP flows are counted.
+	Observed bool
 	// Destinations may have weight 0: they have flows, and get no more.
 	Destinations []Destination
 }
