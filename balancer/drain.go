@@ -55,7 +55,8 @@ func newDrain(g *TargetGroup, now time.Time) Drain {
 
 // Follow returns the drains after the Spec changed from old to spec. A target
 // that is gone drains under the delay that its group has now, or had last; one
-// that came back is registered anew. Old is nil at the start.
+// that came back is registered anew. Old is nil if nobody knows it, as at the
+// first start, and may be one that Registered has reduced.
 func (d Drains) Follow(old, spec *Spec, now time.Time) Drains {
 	here := targetKeys(spec)
 	next := make(Drains, len(d))
@@ -64,11 +65,9 @@ func (d Drains) Follow(old, spec *Spec, now time.Time) Drains {
 		case here[k] && drain.Removed:
 			continue
 		case !here[k] && !drain.Removed:
-			if old == nil {
-				continue // nobody knows what it was
+			if drain.Done || !drain.describe(old, k) {
+				continue // nothing follows from it, or nobody knows what it was
 			}
-			drain.Removed = true
-			drain.describe(old, k)
 		}
 		next[k] = drain
 	}
@@ -77,7 +76,7 @@ func (d Drains) Follow(old, spec *Spec, now time.Time) Drains {
 	}
 	used := old.GroupsInUse()
 	for k := range targetKeys(old) {
-		if _, known := next[k]; known || here[k] || !used[k.Group] {
+		if _, known := d[k]; known || here[k] || !used[k.Group] {
 			continue
 		}
 		g := spec.Group(k.Group)
@@ -85,22 +84,29 @@ func (d Drains) Follow(old, spec *Spec, now time.Time) Drains {
 			g = old.Group(k.Group)
 		}
 		drain := newDrain(g, now)
-		drain.Removed = true
 		drain.describe(old, k)
 		next[k] = drain
 	}
 	return next
 }
 
-// describe remembers what the target was.
-func (d *Drain) describe(spec *Spec, k TargetKey) {
+// describe makes d one of a target that left, and remembers what it was; it
+// reports whether spec, which may be nil, knows it.
+func (d *Drain) describe(spec *Spec, k TargetKey) bool {
+	if spec == nil {
+		return false
+	}
 	g := spec.Group(k.Group)
-	d.Protocol, d.ClientIP = g.Protocol, g.ClientIP
+	if g == nil {
+		return false
+	}
 	for _, t := range g.Targets {
 		if t.AddrPort() == k.AddrPort {
-			d.Target = t
+			d.Removed, d.Target, d.Protocol, d.ClientIP = true, t, g.Protocol, g.ClientIP
+			return true
 		}
 	}
+	return false
 }
 
 // overdue returns the drains as a daemon that was away takes them up: what

@@ -27,8 +27,8 @@ func TestDrainsFollowTheSpec(t *testing.T) {
 	unused.Listeners = nil
 	gone := webKey("10.0.1.12")
 	byOperator := Drain{Since: now.Add(-time.Second), Until: now.Add(time.Second)}
+	finished := Drain{Since: now.Add(-time.Hour), Until: now.Add(-time.Minute), Done: true}
 	asRemoved := func(d Drain, from *Spec) Drain {
-		d.Removed = true
 		d.describe(from, gone)
 		return d
 	}
@@ -47,6 +47,10 @@ func TestDrainsFollowTheSpec(t *testing.T) {
 		{"nobody used the group", Drains{}, unused, one, Drains{}},
 		{"a start keeps what left", Drains{gone: asRemoved(byOperator, two)}, nil, one, Drains{gone: asRemoved(byOperator, two)}},
 		{"a start without the target", Drains{gone: byOperator}, nil, one, Drains{}},
+		{"a start that knows others", Drains{gone: byOperator}, Registered(one), one, Drains{}},
+		{"a start that knows no group", Drains{gone: byOperator}, Registered(unused), one, Drains{}},
+		{"a start that knows it", Drains{gone: byOperator}, Registered(two), one, Drains{gone: asRemoved(byOperator, two)}},
+		{"a drained one leaves when all is over", Drains{gone: finished}, two, one, Drains{}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if diff := cmp.Diff(c.want, c.before.Follow(c.old, c.new, now), compareKeys); diff != "" {

@@ -151,6 +151,8 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 		AvoidSelf: g.AvoidSelf,
 		Sticky:    g.Stickiness == StickySourceIP,
 		Observed:  g.Passive.MaxFailures > 0,
+
+		ProxyProtocol: g.ProxyProtocol,
 	}
 	for _, t := range status.Targets {
 		if t.State == Unused && !t.Terminate {

@@ -1,6 +1,7 @@
 package balancer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,12 +21,18 @@ type loop struct {
 	key    HashKey
 	health HealthView
 	drains Drains
+	unkept bool // drains are not written down
+	holds  Holds
 	// See View.
 	failOpen map[string]FailOpenState
 	leftover map[TargetKey]time.Time
 	// terminating has the targets whose flows the kernel ends.
 	terminating map[TargetKey]bool
 	routes      map[netip.Addr]Route // nil before the first look
+
+	registered *Spec // what Register was given last, or by Options
+	noted      *Spec // registered is this one, reduced
+	mute       bool  // that Register fails was said
 
 	held     *Desired // the kernel was last seen to hold it; nil: unknown
 	counts   Snapshot // what is carried from one Snapshot to the next
@@ -41,6 +48,11 @@ type loop struct {
 func (l *loop) run(ctx context.Context) {
 	if l.spec != nil {
 		l.counts.Generation++
+		if l.unkept {
+			if err := l.writeDown(l.drains); err != nil {
+				l.log.Error("targets that have left will drain anew after a restart", zap.Error(err))
+			}
+		}
 		l.pass(ctx, true)
 	}
 	timer := time.NewTimer(0)
@@ -100,7 +112,7 @@ func (l *loop) receive(ctx context.Context, in inbox) {
 			l.driftAt = l.restUntil
 		}
 	}
-	if l.spec == nil || (in.health == nil && in.leftover == nil) {
+	if l.spec == nil || (in.health == nil && in.leftover == nil && in.holds == nil) {
 		return
 	}
 	for _, k := range in.leftover {
@@ -111,6 +123,9 @@ func (l *loop) receive(ctx context.Context, in inbox) {
 		if known[k] {
 			l.health[k] = h
 		}
+	}
+	if in.holds != nil {
+		l.holds = l.holds.with(in.holds, known)
 	}
 	if l.counts.Took < costly {
 		l.pass(ctx, false)
@@ -145,7 +160,7 @@ func (l *loop) replace(ctx context.Context, spec *Spec) error {
 	if errs := Unsupported(spec); errs != nil {
 		return errors.Join(errs...)
 	}
-	drains := l.drains.Follow(l.spec, spec, time.Now())
+	drains := l.drains.Follow(cmp.Or(l.spec, l.registered), spec, time.Now())
 	if err := l.rehearse(ctx, spec, drains); err != nil {
 		return err // nothing was touched
 	}
@@ -178,11 +193,46 @@ func (l *loop) keep(drains Drains) error {
 	if reflect.DeepEqual(drains, l.drains) {
 		return nil
 	}
+	return l.writeDown(drains)
+}
+
+func (l *loop) writeDown(drains Drains) error {
 	if err := l.remember(drains); err != nil {
 		return fmt.Errorf("write down which targets drain: %w", err)
 	}
-	l.drains = drains
+	l.drains, l.unkept = drains, false
 	return nil
+}
+
+// note writes down what is registered now that the kernel holds the Spec. A
+// crash before that is harmless: the next start drains what has left since the
+// last note, unless it drains already.
+func (l *loop) note() {
+	if l.noted == l.spec {
+		return
+	}
+	now := Registered(l.spec)
+	if !reflect.DeepEqual(now, l.registered) {
+		if err := l.exchange(now); err != nil {
+			if !l.mute {
+				l.log.Error("what is registered cannot be written down, trying on: "+
+					"targets that leave while no daemon runs would not be drained", zap.Error(err))
+			}
+			l.mute = true
+			return
+		}
+	}
+	l.registered, l.noted, l.mute = now, l.spec, false
+}
+
+// exchange replaces what is noted. A target must not be missing from both lists.
+func (l *loop) exchange(registered *Spec) error {
+	if l.unkept {
+		if err := l.writeDown(l.drains); err != nil {
+			return err
+		}
+	}
+	return l.register(registered)
 }
 
 func (l *loop) drain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
@@ -248,6 +298,7 @@ func (l *loop) pass(ctx context.Context, look bool) {
 
 // tidy forgets what is over.
 func (l *loop) tidy(now time.Time) {
+	l.holds = l.holds.current(l.spec, now)
 	maps.DeleteFunc(l.leftover, func(_ TargetKey, at time.Time) bool { return !now.Before(at.Add(terminateFor)) })
 	next, changed := l.drains.settle(l.leftover, now)
 	if !changed {
@@ -255,7 +306,7 @@ func (l *loop) tidy(now time.Time) {
 	}
 	if err := l.keep(next); err != nil {
 		l.log.Error("a drain that is over will be found again after a restart", zap.Error(err))
-		l.drains = next
+		l.drains, l.unkept = next, true
 	}
 }
 
@@ -322,7 +373,7 @@ func (l *loop) findRoutes(ctx context.Context, spec *Spec) (map[netip.Addr]Route
 
 func (l *loop) view() View {
 	return View{
-		Key: l.key, Health: l.health, Drains: l.drains, Routes: l.routes,
+		Key: l.key, Health: l.health, Drains: l.drains, Holds: l.holds, Routes: l.routes,
 		FailOpen: l.failOpen, Leftover: l.leftover, Now: time.Now(),
 	}
 }
@@ -361,6 +412,9 @@ func (l *loop) settle(done outcome) {
 	}
 	l.counts.Err = done.err
 	l.publish(done, now)
+	if done.err == nil {
+		l.note()
+	}
 }
 
 // noteTerminating counts the time in which flows are ended from when the kernel

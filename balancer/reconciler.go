@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,11 +48,20 @@ type Options struct {
 	// Health is what was known of the targets before a restart: it holds until
 	// a health check says otherwise.
 	Health HealthView
+	// Holds are those that were in force before a restart.
+	Holds Holds
 	// Drains are those that were under way, or over, before a restart.
 	Drains Drains
 	// Remember keeps drains for a restart. It is called before they take
 	// effect; after an error they do not. Nil keeps nothing.
 	Remember func(Drains) error
+	// Registered is what was registered when a daemon last ran, as Registered
+	// reduces it: targets that Spec does not have begin to drain. Nil drains none.
+	Registered *Spec
+	// Register keeps what is registered for a restart. It is called with a
+	// reduced Spec once that is in force, if it differs from the last one, and
+	// again later after an error. Nil keeps nothing.
+	Register func(*Spec) error
 	// Resync is how often the kernel is looked at in any case. 0 means DefaultResync.
 	Resync time.Duration
 }
@@ -66,6 +76,7 @@ type Reconciler struct {
 	start  loop // Run takes it over
 
 	remember  func(Drains) error
+	register  func(*Spec) error
 	requests  chan request
 	wake      chan struct{} // holds one: there is something in the inbox
 	attempted chan struct{} // closed after the first pass
@@ -82,6 +93,7 @@ type Reconciler struct {
 type inbox struct {
 	health   map[TargetKey]Health
 	leftover []TargetKey
+	holds    Holds
 	drift    bool
 }
 
@@ -104,18 +116,26 @@ func NewReconciler(o Options) *Reconciler {
 	if o.Remember == nil {
 		o.Remember = func(Drains) error { return nil }
 	}
+	if o.Register == nil {
+		o.Register = func(*Spec) error { return nil }
+	}
 	now := time.Now()
-	drains := o.Drains.overdue(now)
+	known := o.Drains.overdue(now)
+	drains := known
 	if o.Spec != nil {
-		drains = drains.Follow(nil, o.Spec, now)
+		drains = known.Follow(o.Registered, o.Spec, now)
 	}
 	return &Reconciler{
-		parts:     o.Parts,
-		router:    o.Router,
-		log:       o.Log,
-		resync:    o.Resync,
-		start:     loop{spec: o.Spec, key: o.Key, health: health, drains: drains, leftover: make(map[TargetKey]time.Time)},
+		parts:  o.Parts,
+		router: o.Router,
+		log:    o.Log,
+		resync: o.Resync,
+		start: loop{
+			spec: o.Spec, key: o.Key, health: health, holds: maps.Clone(o.Holds), drains: drains, leftover: make(map[TargetKey]time.Time),
+			unkept: !reflect.DeepEqual(drains, known), registered: o.Registered,
+		},
 		remember:  o.Remember,
+		register:  o.Register,
 		passed:    make(chan struct{}, 1),
 		requests:  make(chan request),
 		wake:      make(chan struct{}, 1),
@@ -186,6 +206,16 @@ func (r *Reconciler) SetHealth(found map[TargetKey]Health) {
 // leftover tells of targets that have flows although they should have none.
 func (r *Reconciler) leftover(keys []TargetKey) {
 	r.tell(func(in *inbox) { in.leftover = append(in.leftover, keys...) })
+}
+
+// hold keeps targets from new flows.
+func (r *Reconciler) hold(targets Holds) {
+	r.tell(func(in *inbox) {
+		if in.holds == nil {
+			in.holds = make(Holds, len(targets))
+		}
+		maps.Copy(in.holds, targets)
+	})
 }
 
 func (r *Reconciler) drifted() { r.tell(func(in *inbox) { in.drift = true }) }

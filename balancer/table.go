@@ -54,6 +54,9 @@ type Pool struct {
 	ClientIP  ClientIP
 	AvoidSelf bool
 	Sticky    bool
+	// ProxyProtocol has what the headers of relayed connections carry besides
+	// the addresses.
+	ProxyProtocol ProxyProtocol
 	// Observed says that the Outcomes of its TCP flows are counted.
 	Observed bool
 	// Destinations may have weight 0: they have flows, and get no more.

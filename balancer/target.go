@@ -13,6 +13,7 @@ type View struct {
 	Key    HashKey
 	Health HealthView
 	Drains Drains
+	Holds  Holds
 	// Routes says how the host reaches targets. A target that is not in it has
 	// no route, or none is known yet.
 	Routes map[netip.Addr]Route
@@ -42,6 +43,12 @@ type TargetStatus struct {
 	Health
 	// Until is when the state ends by itself; zero when it does not.
 	Until time.Time
+	// Probed is what the health checks found, whatever the state is.
+	Probed Health
+	// Held says that the passive check overrules them. Hold is its latest
+	// verdict, in force or not.
+	Held bool
+	Hold Hold
 	// Share is the weight that new flows see: the configured one or 0.
 	Share int
 	// Removed says that the target is not in the Spec any more.
@@ -129,7 +136,7 @@ func groupStatus(g *TargetGroup, used bool, removed []TargetStatus, seen View) T
 		if s.able() && (judged == 0 || status.FailOpen.Open || s.State == Healthy) {
 			s.Share = s.Target.Weight
 		}
-		if s.State == Unhealthy && s.Share == 0 {
+		if s.State == Unhealthy && !s.Held && s.Share == 0 {
 			s.cutUnhealthy(g, seen)
 		}
 	}
@@ -149,13 +156,18 @@ func (s TargetStatus) able() bool {
 // targetStatus is the life of one target; its Share is decided by the group.
 func targetStatus(g *TargetGroup, t Target, used bool, seen View) TargetStatus {
 	key := TargetKey{Group: g.Name, AddrPort: t.AddrPort()}
-	status := TargetStatus{Target: t, Health: seen.Health[key]}
+	status := TargetStatus{Target: t, Health: seen.Health[key], Probed: seen.Health[key], Hold: seen.Holds[key]}
 	if !used {
 		status.Health = Health{State: Unused, Reason: ReasonNotInUse, Description: "no listener forwards to the target group"}
 		return status
 	}
 	if d, ok := seen.Drains[key]; ok && !d.Removed {
 		return status.drained(d, seen.Leftover[key], seen.Now)
+	}
+	failed := status.State == Unhealthy || status.State == UnhealthyDraining
+	if status.Hold.inForce(seen.Now) && !failed && g.Passive.MaxFailures > 0 {
+		status.Held, status.Health, status.Until = true, status.Hold.health(), status.Hold.Until
+		return status
 	}
 	switch status.State {
 	case Healthy:

@@ -258,6 +258,7 @@ func (c *checker) checkGroups() {
 		c.checkMode(g)
 		c.checkUnhealthy(g)
 		c.checkHealthCheck(g)
+		c.checkPassive(g)
 		c.checkTargets(g)
 	}
 }
@@ -345,6 +346,24 @@ func (c *checker) checkTLS(h *rawHealthCheck) {
 	if rooted && h.VerifyTLS.OK && !verify {
 		c.r.add(h.CAFile.place, "without verify_tls no certificate is looked at", "verify_tls: true, or leave the key out")
 	}
+}
+
+// checkPassive reports a check that would judge nothing, and a first hold that
+// is beyond the longest. The latter counts while the check is off too: turning
+// it on should not bring up an old mistake.
+func (c *checker) checkPassive(g *rawTargetGroup) {
+	p := &g.PassiveHealthCheck
+	if p.Enabled.OK && p.Enabled.V && g.Protocol.OK && g.Protocol.V == balancer.UDP {
+		c.r.add(p.Enabled.place, "true, but the group is UDP, where silence is no failure", "false, or protocol: TCP or TCP_UDP")
+	}
+	if !p.Hold.OK || !p.MaxHold.OK || p.Hold.V <= p.MaxHold.V {
+		return
+	}
+	if p.Hold.Written {
+		c.r.add(p.Hold.place, fmt.Sprintf("%s is longer than the max_hold of %s", short(p.Hold.V), short(p.MaxHold.V)), "at most max_hold, or a longer max_hold")
+		return
+	}
+	c.r.add(p.MaxHold.place, fmt.Sprintf("%s is shorter than the hold of %s", short(p.MaxHold.V), short(p.Hold.V)), "at least hold, or a shorter hold")
 }
 
 func (c *checker) checkTargets(g *rawTargetGroup) {

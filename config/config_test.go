@@ -157,6 +157,7 @@ func TestFull(t *testing.T) {
 				Unhealthy:           balancer.UnhealthyAction{DrainingInterval: 100 * time.Hour},
 				FailOpen:            balancer.FailOpen{MinimumHealthyPercentage: 50},
 				HealthCheck:         fast,
+				Passive:             balancer.PassiveCheck{MaxFailures: 100, Hold: time.Hour, MaxHold: 24 * time.Hour},
 				Targets: []balancer.Target{
 					{Address: addr("2001:db8:78::11"), Port: 5353, Weight: 256, Colocated: []netip.Prefix{prefix("2001:db8:f1::/64"), prefix("2001:db8:78::1b/128")}},
 					{Address: addr("10.0.1.11"), Port: 53},
@@ -178,6 +179,7 @@ func TestFull(t *testing.T) {
 					Matcher:  []balancer.StatusRange{{First: 200, Last: 200}, {First: 204, Last: 204}, {First: 301, Last: 302}},
 					Interval: 300 * time.Second, Timeout: 6 * time.Second, HealthyThreshold: 1, UnhealthyThreshold: 2, ProxyProtocolLocal: true,
 				},
+				Passive: balancer.PassiveCheck{MaxFailures: 5, Hold: 10 * time.Second, MaxHold: 5 * time.Minute},
 				Targets: []balancer.Target{
 					{Address: addr("10.0.1.11"), Port: 8443, Weight: 1}, {Address: addr("10.0.1.11"), Port: 8444, Weight: 1},
 				},
@@ -208,6 +210,30 @@ func TestDefaultTimeout(t *testing.T) {
 		}
 		if got := c.Spec.TargetGroups[0].HealthCheck.Timeout; got != tt.want {
 			t.Errorf("%s: timeout %s, want %s", tt.check, got, tt.want)
+		}
+	}
+}
+
+func TestPassiveCheck(t *testing.T) {
+	standard := balancer.PassiveCheck{MaxFailures: 5, Hold: 10 * time.Second, MaxHold: 5 * time.Minute}
+	for _, tt := range []struct {
+		protocol, check string
+		want            balancer.PassiveCheck
+	}{
+		{"TCP", "{}", balancer.PassiveCheck{}},
+		{"TCP", "{enabled: true}", standard},
+		{"TCP_UDP", "{enabled: true}", standard},
+		{"TCP", "{enabled: true, max_failures: 1, hold: 90s, max_hold: 1m30s}", balancer.PassiveCheck{MaxFailures: 1, Hold: 90 * time.Second, MaxHold: 90 * time.Second}},
+		{"TCP", "{max_failures: 1, hold: 2s, max_hold: 3s}", balancer.PassiveCheck{}},
+		{"UDP", "{enabled: false, max_failures: 1}", balancer.PassiveCheck{}},
+	} {
+		c, err := Parse("t.yml", []byte("target_groups: [{name: g, protocol: "+tt.protocol+", port: 80, client_ip: snat, passive_health_check: "+tt.check+"}]"))
+		if err != nil {
+			t.Errorf("%s %s: %v", tt.protocol, tt.check, err)
+			continue
+		}
+		if diff := cmp.Diff(tt.want, c.Spec.TargetGroups[0].Passive); diff != "" {
+			t.Errorf("%s %s (-want +got):\n%s", tt.protocol, tt.check, diff)
 		}
 	}
 }

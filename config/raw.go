@@ -26,7 +26,7 @@ type rawFile struct {
 	mapping `yaml:"-"`
 
 	Dataplane rawWord               `yaml:"dataplane" enum:"nftables|ipvs|auto" default:"nftables" doc:"The kernel interface that forwards: nftables, ipvs, or auto for the first of them that the kernel has."`
-	StateDir  value[string, folder] `yaml:"state_dir" default:"/var/lib/nlb" doc:"The folder for what must survive a restart: the hash key and the drains. Also --state-dir and NLB_STATE_DIR."`
+	StateDir  value[string, folder] `yaml:"state_dir" default:"/var/lib/nlb" doc:"The folder for what must survive a restart: the hash key, the targets' numbers, and who is registered, drained and healthy. Also --state-dir and NLB_STATE_DIR."`
 	Log       rawLog                `yaml:"log" doc:"What is logged and how."`
 	Metrics   rawMetrics            `yaml:"metrics" doc:"Where Prometheus metrics are served."`
 
@@ -106,6 +106,7 @@ type rawTargetGroup struct {
 	FailOpen            rawFailOpen            `yaml:"fail_open" doc:"When the group stops trusting its health checks: below either limit it routes to all targets."`
 	ProxyProtocol       rawProxyProtocol       `yaml:"proxy_protocol" doc:"Options of client_ip proxy_protocol_v2."`
 	HealthCheck         rawHealthCheck         `yaml:"health_check" doc:"How targets are probed."`
+	PassiveHealthCheck  rawPassiveHealthCheck  `yaml:"passive_health_check" doc:"Whether and how targets are judged by the TCP flows of clients."`
 	Targets             []rawTarget            `yaml:"targets" doc:"Who takes the flows."`
 }
 
@@ -156,6 +157,15 @@ type rawHealthCheck struct {
 	CAFile             value[string, file]                    `yaml:"ca_file" default:"" doc:"A PEM file of the root certificates that verify_tls trusts; empty is the host's roots. HTTPS only."`
 
 	trustedRoots string // what CAFile holds, once it was read
+}
+
+type rawPassiveHealthCheck struct {
+	mapping `yaml:"-"`
+
+	Enabled     rawBool     `yaml:"enabled" default:"false" doc:"Whether targets are judged by the TCP flows of clients; not in UDP groups."`
+	MaxFailures rawInt      `yaml:"max_failures" default:"5" range:"1-100" doc:"TCP flows in a row that a target refused or left unanswered until it is held."`
+	Hold        rawDuration `yaml:"hold" default:"10s" range:"1s-1h" doc:"How long a held target gets no new flows the first time; doubled each time it fails again soon after; at most max_hold."`
+	MaxHold     rawDuration `yaml:"max_hold" default:"5m" range:"1s-24h" doc:"The limit of the doubling, and for how long a target must do well after a hold to begin anew."`
 }
 
 type rawTarget struct {

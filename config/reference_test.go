@@ -295,7 +295,7 @@ func TestSchemaAcceptsWhatParseAccepts(t *testing.T) {
 
 func TestSchemaRefuses(t *testing.T) {
 	root := schema(t)
-	for _, name := range []string{"unknown-keys", "settings", "kinds", "missing", "numbers", "names", "enums", "allow", "forward", "health-check", "tls"} {
+	for _, name := range []string{"unknown-keys", "settings", "kinds", "missing", "numbers", "names", "enums", "allow", "forward", "health-check", "tls", "passive"} {
 		file := name + ".bad.yml"
 		var v any
 		if err := yaml.Unmarshal(fixtures(t, file)[file], &v); err != nil {

@@ -73,6 +73,7 @@ func (g *rawTargetGroup) spec() balancer.TargetGroup {
 			CRC32C:   g.ProxyProtocol.CRC32C.V,
 		},
 		HealthCheck: g.HealthCheck.spec(),
+		Passive:     g.PassiveHealthCheck.spec(),
 		Targets: each(g.Targets, func(t *rawTarget) balancer.Target {
 			return balancer.Target{Address: t.Address.V, Port: t.port(g), Weight: t.Weight.V, Colocated: prefixes(t.Colocated)}
 		}),
@@ -96,6 +97,15 @@ func (h *rawHealthCheck) spec() balancer.HealthCheck {
 		ServerName:         h.ServerName.V,
 		TrustedRoots:       h.trustedRoots,
 	}
+}
+
+// spec is the zero value while the check is off, whatever else the file says:
+// its numbers may wait there for the day it is turned on.
+func (p *rawPassiveHealthCheck) spec() balancer.PassiveCheck {
+	if !p.Enabled.V {
+		return balancer.PassiveCheck{}
+	}
+	return balancer.PassiveCheck{MaxFailures: p.MaxFailures.V, Hold: p.Hold.V, MaxHold: p.MaxHold.V}
 }
 
 // short prints a duration as an operator would: 5m and not 5m0s.

@@ -15,6 +15,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/proxyproto"
 )
 
 // A Prober makes single probes. The zero value is ready to use. It may be used
@@ -33,12 +35,9 @@ type Prober struct {
 	Roots *x509.CertPool
 }
 
-// localHeader is a PROXY protocol v2 header with the command LOCAL: the
-// connection is the sender's own, no client is behind it (PROXY protocol, 2.2).
-const localHeader = "\r\n\r\n\x00\r\nQUIT\n" + // signature
-	"\x20" + // version 2, LOCAL
-	"\x00" + // AF_UNSPEC, UNSPEC
-	"\x00\x00" // no addresses follow
+// localHeader says that the connection is the sender's own, no client is behind
+// it (PROXY protocol, 2.2).
+var localHeader = string(proxyproto.AppendLocal(nil))
 
 // Probe asks once. It returns within the check's timeout and the deadline of
 // ctx, whatever the target does; a probe that ctx ended is Unmade.

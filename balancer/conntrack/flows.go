@@ -2,7 +2,6 @@ package conntrack
 
 import (
 	"context"
-	"fmt"
 	"slices"
 )
 
@@ -50,37 +49,6 @@ func (t *Tracker) ours(ctx context.Context, filter markFilter, begin func(), f f
 		}
 		return f(r)
 	})
-}
-
-// Terminate ends all flows whose mark under mask is mark, with a single call of
-// the kernel, and returns how many it had counted just before. The key, mark
-// under the tracker's Mask, must not be 0: those are other people's flows.
-//
-// A packet of such a flow that comes later begins a new one, unless the
-// dataplane refuses it. What the kernel does with a TCP segment in the middle
-// of a connection is net.netfilter.nf_conntrack_tcp_loose.
-func (t *Tracker) Terminate(ctx context.Context, mark, mask uint32) (n int, err error) {
-	if mark&mask != mark || mark&t.mask == 0 {
-		return 0, fmt.Errorf("conntrack: mark %#x/%#x does not name flows of ours", mark, mask)
-	}
-	filter := markFilter{mark, mask}
-	seen := map[flowID]struct{}{}
-	err = t.ours(ctx, filter, func() { clear(seen) }, func(r *record) error {
-		seen[r.flowID()] = struct{}{}
-		return nil
-	})
-	if err != nil {
-		return 0, err
-	}
-	c, err := dial()
-	if err != nil {
-		return 0, err
-	}
-	defer c.close()
-	if err := c.flush(ctx, filter); err != nil {
-		return 0, err
-	}
-	return len(seen), nil
 }
 
 // removeBatch is how many flows one send ends: few enough that each may fail

@@ -122,7 +122,16 @@ func empty(t testing.TB) {
 		t.Fatal(err)
 	}
 	defer c.close()
-	if err := c.flush(context.Background(), markFilter{}); err != nil {
+	if err := c.send(appendMessage(nil, msgDelete, unix.NLM_F_ACK, 0, unix.AF_UNSPEC, nil)); err != nil {
+		t.Fatal(err)
+	}
+	err = c.answers(context.Background(), func(m message) (bool, error) {
+		if errno := m.errno(); errno != 0 {
+			return true, errno
+		}
+		return true, nil
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 }
@@ -414,48 +423,6 @@ func TestFlowsAgreeWithConntrackTool(t *testing.T) {
 	}
 }
 
-func TestTerminateEndsOneMark(t *testing.T) {
-	host(t)
-	tr, clk := newTracker(t, nil)
-	start(t, tr)
-	// Two marks of one target that differ in bits of no concern, three others.
-	for i, mark := range []uint32{web, web | 1<<30 | foreign, dns, foreign, 0} {
-		create(t, 100*i, 100, mark)
-	}
-	n, err := tr.Terminate(context.Background(), web, mask)
-	if err != nil || n != 200 {
-		t.Errorf("terminated %d, %v, want 200", n, err)
-	}
-	if got := flows(t, tr, Filter{web, mask}); len(got) != 0 {
-		t.Errorf("%d flows of the target are left", len(got))
-	}
-	if got := counts(t, tr, clk); got[web].Active != 0 || got[dns].Active != 100 {
-		t.Errorf("counts %v, want 100 of the other target", got)
-	}
-	if n := tr.Stats().Table; n != 300 {
-		t.Errorf("%d flows in the table, want the 300 others", n)
-	}
-	if n, err := tr.Terminate(context.Background(), web, mask); err != nil || n != 0 {
-		t.Errorf("terminated %d, %v, want none", n, err)
-	}
-}
-
-func TestTerminateRefuses(t *testing.T) {
-	host(t)
-	tr, clk := newTracker(t, nil)
-	create(t, 0, 10, foreign)
-	create(t, 10, 10, dns)
-	for _, m := range []markFilter{{0, 0}, {web, 0}, {0, mask}, {foreign, foreign}, {web, foreign}, {web | foreign, mask}} {
-		if n, err := tr.Terminate(context.Background(), m.value, m.mask); err == nil || n != 0 {
-			t.Errorf("mark %#x/%#x: %d, %v, want an error", m.value, m.mask, n, err)
-		}
-	}
-	counts(t, tr, clk)
-	if n := tr.Stats().Table; n != 20 {
-		t.Errorf("%d flows in the table, want all 20", n)
-	}
-}
-
 func TestDeleteFunc(t *testing.T) {
 	host(t)
 	tr, clk := newTracker(t, nil)
@@ -720,18 +687,6 @@ func BenchmarkFlowsOfOneTarget(b *testing.B) {
 		if got := flows(b, tr, Filter{web, mask}); len(got) != 33_334 {
 			b.Fatal(len(got))
 		}
-	}
-}
-
-func BenchmarkTerminate33kOf100k(b *testing.B) {
-	tr, _ := crowd(b)
-	for b.Loop() {
-		if n, err := tr.Terminate(context.Background(), web, mask); err != nil || n != 33_334 {
-			b.Fatal(n, err)
-		}
-		b.StopTimer()
-		create(b, 0, 33_334, web)
-		b.StartTimer()
 	}
 }
 

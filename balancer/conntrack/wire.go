@@ -294,24 +294,6 @@ func (c *conn) dump(ctx context.Context, filter markFilter, f func(*record) erro
 	})
 }
 
-// flush ends all flows that filter matches.
-func (c *conn) flush(ctx context.Context, filter markFilter) error {
-	c.seq++
-	err := c.send(appendMessage(nil, msgDelete, unix.NLM_F_ACK, c.seq, unix.AF_UNSPEC, filter.attrs()))
-	if err != nil {
-		return err
-	}
-	return c.answers(ctx, func(m message) (bool, error) {
-		if m.typ != unix.NLMSG_ERROR {
-			return false, nil
-		}
-		if errno := m.errno(); errno != 0 {
-			return true, fmt.Errorf("end flows with mark %#x/%#x: %w", filter.value, filter.mask, errno)
-		}
-		return true, nil
-	})
-}
-
 // remove ends flows one by one, in a single send, and returns how many were
 // still there.
 func (c *conn) remove(ctx context.Context, names []flowName) (int, error) {

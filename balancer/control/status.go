@@ -91,6 +91,9 @@ type Target struct {
 	Since           time.Time      `json:"since"`
 	// Until is when the state ends by itself; absent when it does not.
 	Until time.Time `json:"until,omitzero"`
+	// Held is why a target that passes its health checks is unhealthy: clients'
+	// connections failed. Absent where that is not so.
+	Held *Held `json:"held,omitempty"`
 	// Removed says that the target is not in the file any more, and is shown
 	// because it may have flows.
 	Removed bool `json:"removed,omitempty"`
@@ -98,6 +101,16 @@ type Target struct {
 	ActiveFlows   *uint64 `json:"active_flows"`
 	NewFlowsTotal *uint64 `json:"new_flows_total"`
 	BytesTotal    *uint64 `json:"bytes_total"`
+}
+
+// Held is what the passive health check found, and how long it has its way.
+type Held struct {
+	Since time.Time `json:"since"`
+	Until time.Time `json:"until"`
+	// Times counts the holds in a row, this one included.
+	Times int `json:"times"`
+	// Failures counts the connections in a row that had failed.
+	Failures uint64 `json:"failures"`
 }
 
 // AddrPort is where the target listens.
@@ -169,6 +182,9 @@ func targetGroup(g *balancer.TargetGroup, s balancer.TargetGroupStatus, counted 
 			Until:           utc(t.Until),
 			Removed:         t.Removed,
 		}
+		if h := t.Hold; t.Held {
+			target.Held = &Held{h.Since.UTC(), h.Until.UTC(), h.Times, h.Failures}
+		}
 		if counted != nil {
 			c := counted[balancer.TargetKey{Group: s.Name, AddrPort: t.Target.AddrPort()}]
 			target.ActiveFlows, target.NewFlowsTotal, target.BytesTotal = &c.ActiveFlows, &c.NewFlows, &c.Bytes
@@ -190,7 +206,7 @@ func utc(t time.Time) time.Time {
 // pure step over the same world: their health, and the Spec in force as far as
 // it matters to targets that leave it.
 func (s *Status) Seen() (balancer.View, *balancer.Spec) {
-	seen := balancer.View{Health: make(balancer.HealthView), FailOpen: make(map[string]balancer.FailOpenState)}
+	seen := balancer.View{Health: make(balancer.HealthView), Holds: make(balancer.Holds), FailOpen: make(map[string]balancer.FailOpenState)}
 	spec := new(balancer.Spec)
 	for _, l := range s.Listeners {
 		listener := balancer.Listener{Name: l.Name, VIP: l.VIP, Port: l.Port, Protocol: l.Protocol}
@@ -212,11 +228,16 @@ func (s *Status) Seen() (balancer.View, *balancer.Spec) {
 			if !t.Removed {
 				group.Targets = append(group.Targets, balancer.Target{Address: t.Address, Port: t.Port, Weight: t.Weight})
 			}
+			key := balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}
+			if h := t.Held; h != nil {
+				seen.Health[key] = balancer.Health{State: balancer.Healthy, Since: h.Since}
+				seen.Holds[key] = balancer.Hold(*h)
+				continue
+			}
 			switch t.State {
 			case balancer.Draining, balancer.Unused, balancer.Initial:
 				// Says nothing of the target's health.
 			default:
-				key := balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}
 				seen.Health[key] = balancer.Health{State: t.State, Reason: t.Reason, Description: t.Description, Since: t.Since}
 			}
 		}

@@ -24,6 +24,7 @@ import (
 // nobody's way, and nothing is ever taken from memory unverified.
 type Dataplane struct {
 	log *zap.Logger
+	dir string // the state folder, "" if there is none
 
 	mu   sync.Mutex // guards all below
 	sock *socket
@@ -38,11 +39,16 @@ type Dataplane struct {
 	// being read did.
 	meddled, touched bool
 	numbers          *numbers // of the targets that are installed, or were
+	saved            uint16   // numbers.last as its file has it, 0 if it has none
 	renderer         renderer
 }
 
-// New opens the dataplane. It fails where nf_tables is not to be had.
-func New(log *zap.Logger) (*Dataplane, error) {
+// New opens the dataplane. It fails where nf_tables is not to be had. dir is the
+// state folder, which keeps the number that was given last, so that the flows of
+// a target that is gone are not taken for another's after a restart or when the
+// table was removed. With "" nothing is kept, and the highest number installed
+// counts.
+func New(log *zap.Logger, dir string) (*Dataplane, error) {
 	s, err := dial()
 	if err != nil {
 		return nil, err
@@ -54,7 +60,12 @@ func New(log *zap.Logger) (*Dataplane, error) {
 	if err != nil {
 		return nil, errors.Join(err, s.close())
 	}
-	return &Dataplane{log: log, sock: s, others: others, numbers: newNumbers()}, nil
+	d := &Dataplane{log: log, dir: dir, sock: s, others: others, numbers: newNumbers()}
+	if d.saved, err = readLast(dir); err != nil {
+		log.Warn("the last target number is unknown: the highest one installed counts", zap.Error(err))
+	}
+	d.numbers.last = d.saved
+	return d, nil
 }
 
 func missingFeature(err error) error {
@@ -150,6 +161,7 @@ func (d *Dataplane) Apply(_ context.Context, plan balancer.Plan) error {
 		if d.have != p.have {
 			break
 		}
+		d.keepLast(p)
 		err := d.commit(b)
 		if err == nil {
 			d.have = p.want
@@ -165,6 +177,20 @@ func (d *Dataplane) Apply(_ context.Context, plan balancer.Plan) error {
 		}
 	}
 	return fmt.Errorf("the table changed since the plan was made: %w", balancer.ErrOvertaken)
+}
+
+// keepLast writes the number that was given last, before a flow can have it. That
+// it cannot be written keeps no target from its flows: the risk is to mistake
+// some after a restart.
+func (d *Dataplane) keepLast(p *Plan) {
+	if d.dir == "" || p.numbers == nil || p.numbers.last == d.saved {
+		return
+	}
+	if err := writeLast(d.dir, p.numbers.last); err != nil {
+		d.log.Warn("the last target number cannot be kept", zap.Uint16("number", p.numbers.last), zap.Error(err))
+		return
+	}
+	d.saved = p.numbers.last
 }
 
 // quietBytes is how long a transaction may be that we listen during. For each

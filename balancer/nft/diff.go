@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -346,8 +347,11 @@ type addSet struct{ s *Set }
 
 func (s addSet) text() string {
 	body := s.s.kind.name + ";"
-	if s.s.kind.interval {
-		body += " flags interval;"
+	if f := s.s.kind.flagText(); f != "" {
+		body += " flags " + f + ";"
+	}
+	if t := s.s.kind.timeout; t != 0 {
+		body += fmt.Sprintf(" timeout %ds;", t/time.Second)
 	}
 	if s.s.Size > 0 {
 		body += fmt.Sprintf(" size %d;", s.s.Size)
@@ -369,8 +373,11 @@ func (s addSet) encode(b *batch, i int) {
 				a.u32(unix.NFTA_SET_DATA_LEN, uint32(k.dataLen))
 			}
 		}
-		if s.s.Size > 0 {
+		if s.s.Size > 0 && !k.dynamic {
 			a.nest(unix.NFTA_SET_DESC, func(a *attrs) { a.u32(unix.NFTA_SET_DESC_SIZE, s.s.Size) })
+		}
+		if k.timeout != 0 {
+			a.put(unix.NFTA_SET_TIMEOUT, binary.BigEndian.AppendUint64(nil, uint64(k.timeout.Milliseconds())))
 		}
 		a.u32(unix.NFTA_SET_ID, uint32(i)+1)
 		if order := k.byteOrder(); order != nil {

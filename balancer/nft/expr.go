@@ -207,6 +207,14 @@ func (b *ruleBuilder) fromThisHost() {
 	b.say("iif 0")
 }
 
+// notLooped matches packets that came in by another interface than the loopback,
+// whose index is always 1 (LOOPBACK_IFINDEX).
+func (b *ruleBuilder) notLooped() {
+	b.loadMeta(unix.NFT_META_IIF, 0)
+	b.cmp(unix.NFT_CMP_NEQ, 0, native32(1))
+	b.say("iif != lo")
+}
+
 // metaMarkIs matches packets that carry a firewall mark.
 func (b *ruleBuilder) metaMarkIs(mark uint32) {
 	b.loadMeta(unix.NFT_META_MARK, 0)
@@ -220,6 +228,14 @@ func (b *ruleBuilder) ctMarkHas(bits uint32) {
 	b.bitwise(0, native32(bits), native32(0))
 	b.cmp(unix.NFT_CMP_EQ, 0, native32(bits))
 	b.say("ct mark & 0x%08x == 0x%08x", bits, bits)
+}
+
+// ctMarkAny matches flows whose mark has one of the given bits.
+func (b *ruleBuilder) ctMarkAny(bits uint32) {
+	b.loadCT(unix.NFT_CT_MARK, 0)
+	b.bitwise(0, native32(bits), native32(0))
+	b.cmp(unix.NFT_CMP_NEQ, 0, native32(0))
+	b.say("ct mark & 0x%08x != 0", bits)
 }
 
 // ctMarkInSet matches flows whose mark, as far as mask shows it, is in the set.
@@ -253,6 +269,36 @@ func (b *ruleBuilder) ctReply() {
 	b.say("ct direction reply")
 }
 
+// ctOriginal matches packets of the direction that the flow began in.
+func (b *ruleBuilder) ctOriginal() {
+	b.loadCT(unix.NFT_CT_DIRECTION, 0)
+	b.cmp(unix.NFT_CMP_EQ, 0, []byte{0})
+	b.say("ct direction original")
+}
+
+// Bits of the ct status key (IPS_* in nf_conntrack_common.h).
+const (
+	ctSeenReply = 1 << 1
+	ctAssured   = 1 << 2
+	ctConfirmed = 1 << 3
+)
+
+// ctStatus matches flows that have the status, or with NFT_CMP_EQ those that do
+// not.
+func (b *ruleBuilder) ctStatus(bit uint32, name string, op uint32) {
+	b.loadCT(unix.NFT_CT_STATUS, 0)
+	b.bitwise(0, native32(bit), native32(0))
+	b.cmp(op, 0, native32(0))
+	b.say("ct status & %s %s 0", name, map[uint32]string{unix.NFT_CMP_EQ: "==", unix.NFT_CMP_NEQ: "!="}[op])
+}
+
+// ctTCP matches packets of TCP flows, errors about them included.
+func (b *ruleBuilder) ctTCP() {
+	b.loadCT(unix.NFT_CT_PROTOCOL, 0)
+	b.cmp(unix.NFT_CMP_EQ, 0, []byte{unix.IPPROTO_TCP})
+	b.say("ct protocol tcp")
+}
+
 // icmpTypes matches one inclusive range of ICMP or ICMPv6 types; l4proto must
 // have been matched before.
 func (b *ruleBuilder) icmpTypes(keyword string, first, last uint8) {
@@ -270,20 +316,29 @@ func (b *ruleBuilder) icmpTypes(keyword string, first, last uint8) {
 // tcpNotRST matches TCP segments that are no resets; l4proto must have been
 // matched before.
 func (b *ruleBuilder) tcpNotRST() {
-	const rst = 4
 	b.payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1, 0)
-	b.bitwise(0, []byte{rst}, []byte{0})
+	b.bitwise(0, []byte{tcpRST}, []byte{0})
 	b.cmp(unix.NFT_CMP_EQ, 0, []byte{0})
 	b.say("tcp flags & rst == 0")
 }
 
 // tcpSYN compares a TCP segment's flags with those of the first of a connection.
-func (b *ruleBuilder) tcpSYN(op uint32, sign string) {
-	const fin, syn, rst, ack = 1, 2, 4, 16
+func (b *ruleBuilder) tcpSYN(op uint32, sign string) { b.tcpFlags(op, tcpSYN, sign+" syn") }
+
+// tcpSYNACK matches the answer to the first segment of a connection.
+func (b *ruleBuilder) tcpSYNACK() { b.tcpFlags(unix.NFT_CMP_EQ, tcpSYN|tcpACK, "== syn | ack") }
+
+// tcpRefusal matches resets that answer a segment without ACK, as the first of a
+// connection is the only one (RFC 9293, 3.10.7.1).
+func (b *ruleBuilder) tcpRefusal() { b.tcpFlags(unix.NFT_CMP_EQ, tcpRST|tcpACK, "== rst | ack") }
+
+const tcpFIN, tcpSYN, tcpRST, tcpACK = 1, 2, 4, 16
+
+func (b *ruleBuilder) tcpFlags(op uint32, flags byte, text string) {
 	b.payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1, 0)
-	b.bitwise(0, []byte{fin | syn | rst | ack}, []byte{0})
-	b.cmp(op, 0, []byte{syn})
-	b.say("tcp flags & (fin | syn | rst | ack) %s syn", sign)
+	b.bitwise(0, []byte{tcpFIN | tcpSYN | tcpRST | tcpACK}, []byte{0})
+	b.cmp(op, 0, []byte{flags})
+	b.say("tcp flags & (fin | syn | rst | ack) %s", text)
 }
 
 // --- sets and maps -----------------------------------------------------------
@@ -460,6 +515,44 @@ func (b *ruleBuilder) counter(name string) {
 func (b *ruleBuilder) ctTimeout(name string) {
 	b.object(objectCTTimeout, name)
 	b.say("ct timeout set %q", name)
+}
+
+// dynset adds the key in register 0 to a dynamic set, with a counter if so wanted,
+// which then counts the packet. The operation is add, which counts for an element
+// that exists as well as update does; before 5.17 the kernel has update for sets
+// with timeouts only. The rule ends if the set is full.
+func (b *ruleBuilder) dynset(set string, counter bool) {
+	b.expr("dynset", func(a *attrs) {
+		a.u32(unix.NFTA_DYNSET_SREG_KEY, reg(0).number())
+		a.u32(unix.NFTA_DYNSET_OP, unix.NFT_DYNSET_OP_ADD)
+		a.str(unix.NFTA_DYNSET_SET_NAME, set)
+		if counter {
+			a.nest(unix.NFTA_DYNSET_EXPR, func(a *attrs) { a.str(unix.NFTA_EXPR_NAME, "counter") })
+		}
+	})
+}
+
+// countTarget counts the packet for its flow's target.
+func (b *ruleBuilder) countTarget(set string) {
+	b.loadCT(unix.NFT_CT_MARK, 0)
+	b.bitwise(0, native32(TargetMask), native32(0))
+	b.dynset(set, true)
+	b.say("add @%s { ct mark & 0x%08x counter }", set, TargetMask)
+}
+
+// ctID is NFT_CT_ID: a number of a flow that no other has at the same time.
+const ctID = 23
+
+func (b *ruleBuilder) flowNotIn(set string) {
+	b.loadCT(ctID, 0)
+	b.inSet(set, 0, true)
+	b.say("ct id != @%s", set)
+}
+
+func (b *ruleBuilder) addFlow(set string) {
+	b.loadCT(ctID, 0)
+	b.dynset(set, false)
+	b.say("add @%s { ct id }", set)
 }
 
 // reset answers a TCP segment with a reset and drops it.

@@ -20,11 +20,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/bench/lab"
 	"nlb/internal/nstest"
 )
 
 // The tests of this package program the kernel of a namespace of their own.
-func TestMain(m *testing.M) { os.Exit(nstest.Main(m)) }
+func TestMain(m *testing.M) {
+	lab.MaybeRunAgent()
+	os.Exit(nstest.Main(m))
+}
 
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 
@@ -80,7 +84,7 @@ func everything() *balancer.Table {
 
 func newDataplane(t *testing.T) *Dataplane {
 	t.Helper()
-	d, err := New(zaptest.NewLogger(t))
+	d, err := New(zaptest.NewLogger(t), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,7 +155,7 @@ func nft(t *testing.T, script string) string {
 
 func planAfresh(t *testing.T, want *balancer.Desired) balancer.Plan {
 	t.Helper()
-	d, err := New(zaptest.NewLogger(t))
+	d, err := New(zaptest.NewLogger(t), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -414,14 +418,14 @@ func BenchmarkScale(b *testing.B) {
 		must(d.Apply(ctx, p))
 	}
 	for b.Loop() {
-		d, err := New(zap.NewNop())
+		d, err := New(zap.NewNop(), "")
 		must(err)
 		table := large(1000)
 		timed("cold", func() { apply(d, &balancer.Desired{Table: table}) })
 		table.Pools[500].Destinations = slices.Clone(table.Pools[500].Destinations)
 		table.Pools[500].Destinations[3].Weight = 0
 		timed("change", func() { apply(d, &balancer.Desired{Table: table}) })
-		fresh, err := New(zap.NewNop())
+		fresh, err := New(zap.NewNop(), "")
 		must(err)
 		timed("restart", func() {
 			p, err := fresh.Plan(ctx, &balancer.Desired{Table: table})

@@ -1,9 +1,13 @@
 package nft
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,7 +22,8 @@ import (
 type numbers struct {
 	byKey map[balancer.TargetKey]uint16
 	byNum map[uint16]balancer.TargetKey
-	last  uint16
+	// last is the number given last, 0 before the first. A file keeps it.
+	last uint16
 }
 
 func newNumbers() *numbers {
@@ -40,6 +45,7 @@ func (n *numbers) adopt(have *Ruleset) *numbers {
 		return n
 	}
 	n = n.clone()
+	highest := uint16(0)
 	for _, name := range slices.Sorted(maps.Keys(have.Chains)) {
 		num, key, ok := parseTargetChain(have.Chains[name])
 		if !ok {
@@ -49,10 +55,20 @@ func (n *numbers) adopt(have *Ruleset) *numbers {
 		_, taken := n.byNum[num]
 		if !known && !taken {
 			n.set(key, num)
-			n.last = max(n.last, num)
+			highest = max(highest, num)
 		}
 	}
+	if behind(n.last, highest) {
+		n.last = highest
+	}
 	return n
+}
+
+// behind reports whether a number that is installed was given after the one that
+// is thought to be the last. The numbers start again from 1 at some time, so one
+// more than half of them ahead was given before (as in RFC 1982).
+func behind(last, installed uint16) bool {
+	return installed > last && (last == 0 || installed-last <= maxTargets/2)
 }
 
 // assign returns numbers for exactly the given keys: those that had one keep it.
@@ -109,4 +125,36 @@ func parseTargetChain(c *Chain) (num uint16, k balancer.TargetKey, ok bool) {
 		return 0, k, false
 	}
 	return uint16(v), balancer.TargetKey{Group: g, AddrPort: ap}, true
+}
+
+// lastFile, in the state folder, has the number given last. Without it, a restart
+// would give out again what targets had that are gone, and the flows that they
+// left behind would be taken for those of others.
+const lastFile = "numbers.last"
+
+// readLast reads lastFile; 0 stands for none.
+func readLast(dir string) (uint16, error) {
+	if dir == "" {
+		return 0, nil
+	}
+	path := filepath.Join(dir, lastFile)
+	content, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	last, err := strconv.ParseUint(strings.TrimSuffix(string(content), "\n"), 10, 16)
+	if err == nil && last == 0 {
+		err = errors.New("0 is no number")
+	}
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return uint16(last), nil
+}
+
+func writeLast(dir string, last uint16) error {
+	return balancer.WriteStateFile(dir, lastFile, fmt.Appendf(nil, "%d\n", last))
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -105,7 +106,10 @@ func (s *socket) dumpSets(rs *Ruleset) error {
 	}
 	rs.Foreign = append(rs.Foreign, foreign...)
 	for _, set := range rs.Sets {
-		if err := s.dumpElems(rs, set); err != nil {
+		if set.kind.dynamic {
+			continue
+		}
+		if err := s.dumpElems(set); err != nil {
 			return err
 		}
 	}
@@ -114,7 +118,7 @@ func (s *socket) dumpSets(rs *Ruleset) error {
 
 // kinds are all shapes of set we make.
 var kinds = func() []*kind {
-	out := []*kind{slotKind, targetKind, shareKind, endedKind}
+	out := []*kind{slotKind, targetKind, shareKind, endedKind, countKind, flowKind}
 	for _, f := range families {
 		out = append(out, vipKinds[f], prefixKinds[f], serviceKinds[f], targetsKinds[f], sourceKinds[f])
 	}
@@ -128,8 +132,12 @@ func parseSet(b []byte) *Set {
 	}
 	flags, keyType, keyLen := be32(find(b, unix.NFTA_SET_FLAGS)), be32(find(b, unix.NFTA_SET_KEY_TYPE)), be32(find(b, unix.NFTA_SET_KEY_LEN))
 	dataType := be32(find(b, unix.NFTA_SET_DATA_TYPE))
+	timeout := time.Duration(be64(find(b, unix.NFTA_SET_TIMEOUT))) * time.Millisecond
+	if find(b, nftaSetExpr) != nil || find(b, nftaSetExpressions) != nil {
+		return set // every element would get a statement of somebody else's
+	}
 	for _, k := range kinds {
-		if flags == k.flags() && keyType == k.keyType && int(keyLen) == k.keyLen && dataType == k.dataType {
+		if flags == k.flags() && keyType == k.keyType && int(keyLen) == k.keyLen && dataType == k.dataType && timeout == k.timeout {
 			set.kind = k
 		}
 	}
@@ -139,6 +147,13 @@ func parseSet(b []byte) *Set {
 	return set
 }
 
+// Attributes of linux/netfilter/nf_tables.h that say what each element of a set
+// comes with.
+const (
+	nftaSetExpr        = 17
+	nftaSetExpressions = 18
+)
+
 // empty forgets the elements.
 func (s *Set) empty() {
 	s.Elems = nil
@@ -147,18 +162,23 @@ func (s *Set) empty() {
 	}
 }
 
-func (s *socket) dumpElems(rs *Ruleset, set *Set) error {
+func (s *socket) dumpElems(set *Set) error {
+	err := s.listElems(set.Name, set.empty, set.addParsed)
+	set.sort()
+	return err
+}
+
+func (s *socket) listElems(set string, begin func(), f func(elem []byte)) error {
 	err := s.list(unix.NFT_MSG_GETSETELEM, func(a *attrs) {
 		a.str(unix.NFTA_SET_ELEM_LIST_TABLE, TableName)
-		a.str(unix.NFTA_SET_ELEM_LIST_SET, set.Name)
-	}, set.empty, func(m message) {
+		a.str(unix.NFTA_SET_ELEM_LIST_SET, set)
+	}, begin, func(m message) {
 		list := find(m.body, unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 		for e, rest, ok := next(list); ok; e, rest, ok = next(rest) {
-			set.addParsed(e.data)
+			f(e.data)
 		}
 	})
-	set.sort()
-	return wrapDump("elements of "+set.Name, err)
+	return wrapDump("elements of "+set, err)
 }
 
 func (s *Set) addParsed(b []byte) {

@@ -23,6 +23,12 @@ const (
 
 	setEnded = "ended" // targets whose flows are being ended
 
+	chainOutcomes = "outcomes"
+	chainFailure  = "failure"
+	setFailed     = "failed"   // targets, with flows that they refused or left unanswered
+	setAnswered   = "answered" // targets, with flows that they took
+	setJudged     = "judged"   // flows that have failed
+
 	counterUnwanted   = "unwanted_drops"    // to a VIP, but no listener's
 	counterNotAllowed = "not_allowed_drops" // refused by a listener's allow list
 	counterNoTarget   = "no_target_drops"   // the group has nobody to send to
@@ -76,7 +82,11 @@ func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 	if len(ended.Elems) > 0 {
 		rs.addSet(ended)
 	}
-	for _, c := range baseChains(len(ended.Elems) > 0) {
+	observed := slices.ContainsFunc(t.Pools, func(p balancer.Pool) bool { return p.Observed })
+	if observed {
+		renderOutcomes(rs)
+	}
+	for _, c := range baseChains(len(ended.Elems) > 0, observed) {
 		rs.addChain(c)
 	}
 	renderSource(rs, t, n)
@@ -94,13 +104,17 @@ func tableKeys(t *balancer.Table) (keys []balancer.TargetKey) {
 
 // --- the skeleton ----------------------------------------------------------------
 
-// baseChains are hooked in. Only while flows are being ended do the filters look
-// for them: otherwise an established packet has nothing to pay for it.
-func baseChains(ending bool) []*Chain {
+// baseChains are hooked in. Only while flows are being ended, or how they begin is
+// counted, do the filters look for that: otherwise a packet has nothing to pay
+// for it.
+func baseChains(ending, observed bool) []*Chain {
 	nat := func(name string, hook uint32, priority int32, rules ...Rule) *Chain {
 		return &Chain{Name: name, Base: &Base{Type: "nat", Hook: hook, Priority: priority}, Rules: rules}
 	}
 	filter := func(name string, hook uint32, rules ...Rule) *Chain {
+		if observed {
+			rules = append(toOutcomes(hook), rules...)
+		}
 		if ending {
 			rules = append(endRules(), rules...)
 		}
@@ -235,6 +249,103 @@ func endRules() []Rule {
 			b.reset()
 		}),
 	}
+}
+
+// renderOutcomes writes what counts how the TCP flows of all targets begin.
+func renderOutcomes(rs *Ruleset) {
+	for _, name := range []string{setFailed, setAnswered} {
+		rs.addSet(&Set{Name: name, kind: countKind, Size: dynamicSize})
+	}
+	rs.addSet(&Set{Name: setJudged, kind: flowKind, Size: dynamicSize})
+	rs.addChain(&Chain{Name: chainOutcomes, Rules: outcomeRules()})
+	rs.addChain(&Chain{Name: chainFailure, Rules: []Rule{failureRule()}})
+}
+
+// toOutcomes brings a filter's packets to the outcomes until their flow is
+// assured, which it is with the handshake's third segment. A forwarded packet of
+// an assured flow has but this one rule to pay: it is established, and accepted
+// as such anyway.
+//
+// What this host sends to itself passes the output and the input hook: it counts
+// in the first. The way out would not tell, because it is the one to the VIP,
+// found before the choice was made.
+func toOutcomes(hook uint32) []Rule {
+	var rules []Rule
+	if hook == unix.NF_INET_FORWARD {
+		rules = append(rules, rule(func(b *ruleBuilder) { b.ctStatus(ctAssured, "assured", unix.NFT_CMP_NEQ); b.accept() }))
+	}
+	return append(rules, rule(func(b *ruleBuilder) {
+		if hook != unix.NF_INET_FORWARD {
+			b.ctStatus(ctAssured, "assured", unix.NFT_CMP_EQ)
+		}
+		b.ctMarkAny(TargetMask)
+		b.ctTCP()
+		if hook == unix.NF_INET_LOCAL_IN {
+			b.notLooped()
+		}
+		b.jump(chainOutcomes)
+	}))
+}
+
+// outcomeRules say what is an answer and what a failure. Only a flow's first
+// packet finds it unconfirmed, since it is confirmed at the end of that packet's
+// way: a SYN of a confirmed flow asks again. (Packets do not tell, as conntrack
+// leaves repeated SYNs out of its accounts since 5.11.) If there was an answer, it
+// got lost on the other side.
+//
+// A flow that conntrack picked up in its middle is reset by a target that does
+// not know it: that says nothing about the target, and differs from a refusal by
+// its flags. Whoever sends an ICMP error has to know the flow as the target sees
+// it, so a client cannot forge one. It can repeat a SYN before the answer can be
+// there, and make a failure of that; the answer follows.
+func outcomeRules() []Rule {
+	unreachable := func(proto uint8, keyword string, typ uint8) Rule {
+		return rule(func(b *ruleBuilder) {
+			b.l4proto(proto)
+			b.icmpTypes(keyword, typ, typ)
+			b.ctState(ctRelated, "related")
+			b.ctReply()
+			b.ctStatus(ctSeenReply, "seen-reply", unix.NFT_CMP_EQ)
+			b.goTo(chainFailure)
+		})
+	}
+	return []Rule{
+		rule(func(b *ruleBuilder) {
+			b.l4proto(unix.IPPROTO_TCP)
+			b.tcpSYNACK()
+			b.ctReply()
+			b.countTarget(setAnswered)
+		}),
+		// A refusal ends the flow, which need not be remembered.
+		rule(func(b *ruleBuilder) {
+			b.l4proto(unix.IPPROTO_TCP)
+			b.tcpRefusal()
+			b.ctReply()
+			b.flowNotIn(setJudged)
+			b.countTarget(setFailed)
+		}),
+		rule(func(b *ruleBuilder) {
+			b.l4proto(unix.IPPROTO_TCP)
+			b.tcpSYN(unix.NFT_CMP_EQ, "==")
+			b.ctOriginal()
+			b.ctStatus(ctConfirmed, "confirmed", unix.NFT_CMP_NEQ)
+			b.ctStatus(ctSeenReply, "seen-reply", unix.NFT_CMP_EQ)
+			b.goTo(chainFailure)
+		}),
+		unreachable(unix.IPPROTO_ICMP, "icmp", 3),
+		unreachable(unix.IPPROTO_ICMPV6, "icmpv6", 1),
+	}
+}
+
+// failureRule counts a flow once, however often its client asks. It is remembered
+// as long as conntrack has an unanswered flow. If there are too many to remember,
+// the rest does not count: a target fails by the first few.
+func failureRule() Rule {
+	return rule(func(b *ruleBuilder) {
+		b.flowNotIn(setJudged)
+		b.addFlow(setJudged)
+		b.countTarget(setFailed)
+	})
 }
 
 // promptRule keeps what makes the ends of a flow speak out of connection

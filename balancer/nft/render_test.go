@@ -62,6 +62,24 @@ func TestRenderNothing(t *testing.T) {
 	golden(t, "nothing.nft", renderAfresh(t, &balancer.Table{}).String())
 }
 
+// The rules that count outcomes, in full; the rest is as in everything.nft.
+func TestRenderObserved(t *testing.T) {
+	all, plain := renderAfresh(t, observing()), renderAfresh(t, everything())
+	short := newRuleset()
+	for name, c := range all.Chains {
+		if old := plain.Chains[name]; old == nil || !old.holdsRules(c) {
+			short.addChain(c)
+		}
+	}
+	for _, name := range missing(all.Sets, plain.Sets) {
+		short.addSet(all.Sets[name])
+	}
+	golden(t, "observed.nft", short.String())
+	if diff := cmp.Diff(withoutSlots(plain).Objects, withoutSlots(all).Objects); diff != "" {
+		t.Error(diff)
+	}
+}
+
 // What changes when the operator's wish does: each a transaction in nft's words.
 func TestDiff(t *testing.T) {
 	edits := map[string]func(*balancer.Table){
@@ -104,8 +122,9 @@ func TestDiff(t *testing.T) {
 }
 
 // The first target whose flows are ended brings the rules that end them, the last
-// one takes them along, both together with the target's own change.
-func TestDiffOfTerminate(t *testing.T) {
+// one takes them along, both together with the target's own change. So do the
+// first observed pool and the last with the rules that count.
+func TestDiffOfRulesOnDemand(t *testing.T) {
 	active, ending := everything(), everything()
 	for i := range active.Pools {
 		active.Pools[i].Destinations = slices.Clone(active.Pools[i].Destinations)
@@ -116,7 +135,10 @@ func TestDiffOfTerminate(t *testing.T) {
 	for _, tt := range []struct {
 		name          string
 		before, after *balancer.Table
-	}{{"terminate", active, ending}, {"terminated", ending, active}} {
+	}{
+		{"terminate", active, ending}, {"terminated", ending, active},
+		{"observe", everything(), observing()}, {"unobserve", observing(), everything()},
+	} {
 		n, err := newNumbers().assign(tableKeys(tt.before))
 		if err != nil {
 			t.Fatal(err)
@@ -226,5 +248,6 @@ func FuzzWire(f *testing.F) {
 		parseComment(b)
 		(&Set{kind: slotKind, Slots: make([]uint32, 4)}).addParsed(b)
 		parseSet(find(b, 1))
+		parseCount(b)
 	})
 }

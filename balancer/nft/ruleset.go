@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -91,7 +92,10 @@ type kind struct {
 	dataType uint32 // 0: a set, not a map
 	dataLen  int
 	interval bool
-	key      func([]byte) string
+	// dynamic says that rules add the elements, which are no business of ours.
+	dynamic bool
+	timeout time.Duration // after which an element goes; 0: never
+	key     func([]byte) string
 }
 
 const dataVerdict = 0xffffff00 // NFT_DATA_VERDICT
@@ -103,7 +107,26 @@ func (k *kind) flags() (f uint32) {
 	if k.dataType != 0 {
 		f |= unix.NFT_SET_MAP
 	}
+	if k.dynamic {
+		f |= unix.NFT_SET_EVAL
+	}
+	if k.timeout != 0 {
+		f |= unix.NFT_SET_TIMEOUT
+	}
 	return f
+}
+
+// flagText is the flags as nft spells them; a map's is its keyword.
+func (k *kind) flagText() string {
+	switch {
+	case k.interval:
+		return "interval"
+	case k.timeout != 0:
+		return "dynamic,timeout"
+	case k.dynamic:
+		return "dynamic"
+	}
+	return ""
 }
 
 func (k *kind) isMap() bool { return k.dataType != 0 }
@@ -138,6 +161,8 @@ var (
 	slotKind   = &kind{name: "type mark : mark", keyType: typeMark, keyLen: 4, dataType: typeMark, dataLen: 4, key: nativeText}
 	targetKind = &kind{name: "type mark : verdict", keyType: typeMark, keyLen: 4, dataType: dataVerdict, key: nativeText}
 	endedKind  = &kind{name: "type mark", keyType: typeMark, keyLen: 4, key: nativeText}
+	countKind  = &kind{name: "type mark", keyType: typeMark, keyLen: 4, dynamic: true, key: nativeText}
+	flowKind   = &kind{name: "type mark", keyType: typeMark, keyLen: 4, dynamic: true, timeout: 2 * time.Minute, key: nativeText}
 	shareKind  = &kind{name: "type integer : verdict", keyType: typeInteger, keyLen: 4, dataType: dataVerdict, interval: true, key: bigText}
 
 	vipKinds     = map[*family]*kind{ip4: addrKind(ip4, false), ip6: addrKind(ip6, false)}
@@ -169,6 +194,11 @@ type Set struct {
 	// Slots is the value of each key 0, 1, 2 …; noSlot where there is none.
 	Slots []uint32
 }
+
+// dynamicSize is what the kernel bounds a dynamic set by when it is told no size.
+// Told one, it makes room for all at once: a megabyte, which each reading of the
+// set walks through.
+const dynamicSize = 1<<16 - 1
 
 const noSlot = ^uint32(0)
 
@@ -202,7 +232,7 @@ func (s *Set) sort() *Set {
 
 func (s *Set) sameKind(o *Set) bool {
 	a, b := s.kind, o.kind
-	return a.keyLen == b.keyLen && a.dataType == b.dataType && a.dataLen == b.dataLen && a.interval == b.interval &&
+	return a.keyLen == b.keyLen && a.dataType == b.dataType && a.dataLen == b.dataLen && a.interval == b.interval && a.dynamic == b.dynamic && a.timeout == b.timeout &&
 		s.Size == o.Size && (s.Slots == nil) == (o.Slots == nil)
 }
 
@@ -378,8 +408,11 @@ func (r *Ruleset) String() string {
 
 func (s *Set) write(b *strings.Builder) {
 	fmt.Fprintf(b, "\t%s %s {\n\t\t%s\n", s.word(), s.Name, s.kind.name)
-	if s.kind.interval {
-		b.WriteString("\t\tflags interval\n")
+	if f := s.kind.flagText(); f != "" {
+		fmt.Fprintf(b, "\t\tflags %s\n", f)
+	}
+	if s.kind.timeout != 0 {
+		fmt.Fprintf(b, "\t\ttimeout %ds\n", s.kind.timeout/time.Second)
 	}
 	if s.Size != 0 {
 		fmt.Fprintf(b, "\t\tsize %d\n", s.Size)

@@ -53,7 +53,7 @@ func newNetwork(t *testing.T) *network {
 		}
 	})
 	n := &network{Topology: top}
-	within(t, top.LB, func() (err error) { n.plane, err = nft.New(zaptest.NewLogger(t)); return err })
+	within(t, top.LB, func() (err error) { n.plane, err = nft.New(zaptest.NewLogger(t), ""); return err })
 	t.Cleanup(func() { n.plane.Close() })
 	within(t, top.LB, func() (err error) { n.prompter, err = prompt.New(); return err })
 	t.Cleanup(func() {

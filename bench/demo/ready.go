@@ -20,7 +20,7 @@ func ready(program string) error {
 	if _, err := os.Stat("/proc/self/ns/net"); errors.Is(err, fs.ErrNotExist) {
 		return errors.New("needs a kernel with network namespaces (CONFIG_NET_NS)")
 	}
-	dataplane, err := nft.New(zap.NewNop())
+	dataplane, err := nft.New(zap.NewNop(), "")
 	if err != nil {
 		return fmt.Errorf("needs nftables in the kernel: %w", err)
 	}

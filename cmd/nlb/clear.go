@@ -28,15 +28,21 @@ func newClear() *cobra.Command {
 		Use:   "clear",
 		Short: "Remove everything of ours from the kernel",
 		Long: `clear removes our rules and VIPs, gives back the sysctls we set, and prints what it
-did. Flows through the balancer end. What others installed stays, and so does the
-state folder.`,
+did. Flows through the balancer end, so that the state folder's list of registered
+targets, targets.json, goes too: a later start has none to drain. The rest of the
+folder stays, and so does what others installed.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			release, err := keepDaemonsOut(socket, stateDir, force)
+			release, alone, err := keepDaemonsOut(socket, stateDir, force)
 			if err != nil {
 				return err
 			}
 			plans, err := clearKernel(cmd.Context(), stateDir)
+			// A daemon that goes on puts back what its list says, and no flow of a
+			// half-cleared kernel is known to have ended.
+			if alone && err == nil {
+				err = balancer.ForgetRegistered(stateDir)
+			}
 			return errors.Join(err, printPlans(cmd.OutOrStdout(), out, plans), release())
 		},
 	}
@@ -55,7 +61,9 @@ func defaultStateDir() string {
 }
 
 // keepDaemonsOut takes the locks of a daemon, so that none starts meanwhile.
-func keepDaemonsOut(socket, stateDir string, force bool) (release func() error, err error) {
+// Alone is false if one runs and is to be ignored.
+func keepDaemonsOut(socket, stateDir string, force bool) (release func() error, alone bool, err error) {
+	alone = true
 	var held []*control.Lock
 	release = func() error {
 		var errs []error
@@ -73,14 +81,15 @@ func keepDaemonsOut(socket, stateDir string, force bool) (release func() error, 
 		case err == nil:
 			held = append(held, l)
 		case force && errors.Is(err, control.ErrHeld):
+			alone = false
 		case errors.Is(err, control.ErrHeld):
-			return nil, errors.Join(fmt.Errorf(
+			return nil, false, errors.Join(fmt.Errorf(
 				"a daemon runs and would put everything back: stop it first, or use --force: %w", err), release())
 		default:
-			return nil, errors.Join(err, release())
+			return nil, false, errors.Join(err, release())
 		}
 	}
-	return release, nil
+	return release, alone, nil
 }
 
 func stateLock(dir string) string { return filepath.Join(dir, "nlb.lock") }

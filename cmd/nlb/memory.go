@@ -32,15 +32,24 @@ type remembered struct {
 	Reason      string         `json:"reason,omitempty"`
 	Description string         `json:"description,omitempty"`
 	Since       time.Time      `json:"since"`
+	// Of the passive check; absent where it never held the target.
+	Held *rememberedHold `json:"held,omitempty"`
+}
+
+type rememberedHold struct {
+	Since    time.Time `json:"since"`
+	Until    time.Time `json:"until"`
+	Times    int       `json:"times"`
+	Failures uint64    `json:"failures"`
 }
 
 // recallHealth reads what the last daemon knew. A file that makes no sense is
 // worth a warning, not a refusal: the health checks know better in seconds.
-func recallHealth(dir string, log *zap.Logger) balancer.HealthView {
+func recallHealth(dir string, log *zap.Logger) (balancer.HealthView, balancer.Holds) {
 	path := filepath.Join(dir, healthFile)
 	content, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil, nil
 	}
 	var list []remembered
 	if err == nil {
@@ -49,16 +58,19 @@ func recallHealth(dir string, log *zap.Logger) balancer.HealthView {
 	if err != nil {
 		log.Warn("what was known of the targets' health cannot be read, they begin anew",
 			zap.String("file", path), zap.Error(err))
-		return nil
+		return nil, nil
 	}
-	health := make(balancer.HealthView, len(list))
+	health, holds := make(balancer.HealthView, len(list)), make(balancer.Holds)
 	for _, r := range list {
+		key := balancer.TargetKey{Group: r.Group, AddrPort: r.Target}
 		if r.State == balancer.Healthy || r.State == balancer.Unhealthy {
-			health[balancer.TargetKey{Group: r.Group, AddrPort: r.Target}] =
-				balancer.Health{State: r.State, Reason: r.Reason, Description: r.Description, Since: r.Since}
+			health[key] = balancer.Health{State: r.State, Reason: r.Reason, Description: r.Description, Since: r.Since}
+		}
+		if r.Held != nil {
+			holds[key] = balancer.Hold(*r.Held)
 		}
 	}
-	return health
+	return health, holds
 }
 
 // rememberHealth writes what the health checks found, when it has changed, until
@@ -96,13 +108,18 @@ func healthContent(groups []balancer.TargetGroupStatus) ([]byte, error) {
 	list := []remembered{}
 	for _, g := range groups {
 		for _, t := range g.Targets {
-			state := t.State
-			if state == balancer.UnhealthyDraining {
-				state = balancer.Unhealthy // the draining follows from since
+			h := t.Probed
+			if h.State != balancer.Healthy && h.State != balancer.Unhealthy {
+				continue
 			}
-			if state == balancer.Healthy || state == balancer.Unhealthy {
-				list = append(list, remembered{g.Name, t.Target.AddrPort(), state, t.Reason, t.Description, t.Since.UTC()})
+			r := remembered{
+				Group: g.Name, Target: t.Target.AddrPort(),
+				State: h.State, Reason: h.Reason, Description: h.Description, Since: h.Since.UTC(),
 			}
+			if t.Hold.Times > 0 {
+				r.Held = &rememberedHold{t.Hold.Since.UTC(), t.Hold.Until.UTC(), t.Hold.Times, t.Hold.Failures}
+			}
+			list = append(list, r)
 		}
 	}
 	content, err := json.MarshalIndent(list, "", " ")

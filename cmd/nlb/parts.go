@@ -26,7 +26,7 @@ type kernel struct {
 // leaves its interface while the rules still guard it, forwarding is turned on
 // behind those rules, and a VIP is announced when all that serves it is there.
 func openKernel(stateDir string, log *zap.Logger) (*kernel, error) {
-	dataplane, err := nft.New(log.Named("nft"))
+	dataplane, err := nft.New(log.Named("nft"), stateDir)
 	if err != nil {
 		return nil, err
 	}

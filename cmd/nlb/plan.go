@@ -125,7 +125,8 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 	case err == nil:
 		seen, inForce = status.Seen()
 	case errors.Is(err, control.ErrNotRunning):
-		seen.Health = recallHealth(cfg.StateDir, zap.NewNop())
+		seen.Health, seen.Holds = recallHealth(cfg.StateDir, zap.NewNop())
+		inForce = recallRegistered(cfg.StateDir, zap.NewNop())
 	default:
 		return seen, err
 	}

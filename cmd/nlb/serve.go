@@ -77,10 +77,13 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	if err != nil {
 		return err
 	}
+	health, holds := recallHealth(cfg.StateDir, log)
 	reconciler := balancer.NewReconciler(balancer.Options{
 		Parts: k.parts, Router: k.router, Log: log, Key: key, Spec: cfg.Spec,
-		Health: recallHealth(cfg.StateDir, log), Drains: drains,
-		Remember: func(d balancer.Drains) error { return d.Save(cfg.StateDir) },
+		Health: health, Holds: holds, Drains: drains,
+		Remember:   func(d balancer.Drains) error { return d.Save(cfg.StateDir) },
+		Registered: recallRegistered(cfg.StateDir, log),
+		Register:   func(spec *balancer.Spec) error { return balancer.SaveRegistered(cfg.StateDir, spec) },
 	})
 	d := &daemon{
 		path: path, flags: flags, log: log, level: level, settings: cfg.Settings,
@@ -111,6 +114,7 @@ func (d *daemon) run(ctx context.Context, door *control.Socket) error {
 	})
 	g.Go(func() error { return d.kernel.tally.flows.Run(ctx) })
 	g.Go(func() error { return balancer.NewSweeper(d.reconciler, d.kernel.flows, d.log).Run(ctx) })
+	g.Go(func() error { return balancer.NewObserver(d.reconciler, d.kernel.tally.dataplane, d.log).Run(ctx) })
 	g.Go(func() error { return rememberHealth(ctx, d.settings.StateDir, d.reconciler.Snapshot, d.log) })
 	g.Go(func() error { return supervise(ctx, d.reconciler, d.log) })
 	g.Go(func() error { return d.reloadOn(ctx, hangups) })

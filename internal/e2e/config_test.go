@@ -54,6 +54,7 @@ type group struct {
 	Unhealthy     map[string]any `yaml:"unhealthy,omitempty"`
 	FailOpen      map[string]any `yaml:"fail_open,omitempty"`
 	HealthCheck   map[string]any `yaml:"health_check"`
+	Passive       map[string]any `yaml:"passive_health_check,omitempty"`
 	Targets       []target       `yaml:"targets"`
 }
 

@@ -23,8 +23,20 @@ import (
 // limit bounds every wait of the tests. Nothing they wait for takes that long.
 const limit = 20 * time.Second
 
-// program is the nlb under test.
-var program string
+// program is the nlb under test, and racing the same with the race detector.
+var program, racing string
+
+// raced are the tests whose daemon is built with the race detector: those in
+// which most happens at once. It makes a daemon several times slower, and then
+// the others could not tell whether something comes in time.
+var raced = map[string]bool{
+	"TestDrainRefusals":        true,
+	"TestFailOpenIsSaid":       true,
+	"TestManyChangesUnderLoad": true,
+	"TestModes":                true,
+	"TestReloadsUnderLoad":     true,
+	"TestStopAtAnyMoment":      true,
+}
 
 func TestMain(m *testing.M) {
 	lab.MaybeRunAgent()
@@ -38,28 +50,38 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	if program, err = build(dir); err != nil {
+	if err := build(dir); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return m.Run()
 }
 
-// build makes nlb, or finds the one that NLB_BINARY names.
-func build(dir string) (string, error) {
+// build makes both programs, or finds the one that NLB_BINARY names for all tests.
+func build(dir string) (err error) {
 	if named := os.Getenv("NLB_BINARY"); named != "" {
 		// Tests run in their package's folder, the name is meant from the module's.
 		if !filepath.IsAbs(named) {
 			named = filepath.Join("..", "..", named)
 		}
-		return filepath.Abs(named)
+		program, err = filepath.Abs(named)
+		racing = program
+		return err
 	}
-	path := filepath.Join(dir, "nlb")
-	out, err := exec.Command("go", "build", "-race", "-o", path, "nlb/cmd/nlb").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("build nlb: %w\n%s", err, out)
+	program, racing = filepath.Join(dir, "nlb"), filepath.Join(dir, "nlb-racing")
+	for _, args := range [][]string{{"-o", program}, {"-race", "-o", racing}} {
+		out, err := exec.Command("go", slices.Concat([]string{"build"}, args, []string{"nlb/cmd/nlb"})...).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("build nlb: %w\n%s", err, out)
+		}
 	}
-	return path, nil
+	return nil
+}
+
+// isRaced reports whether a test's daemon is slow for the race detector.
+func isRaced(t *testing.T) bool {
+	name, _, _ := strings.Cut(t.Name(), "/")
+	return racing != program && raced[name]
 }
 
 // soon bounds a test's waiting.
@@ -173,7 +195,11 @@ func (d *daemon) command(args ...string) *exec.Cmd {
 	case "serve", "reload", "status", "plan", "clear":
 		args = append(args, "--socket", d.socket)
 	}
-	cmd := d.node.Command(context.Background(), program, args...)
+	binary := program
+	if args[0] == "serve" && isRaced(d.t) {
+		binary = racing
+	}
+	cmd := d.node.Command(context.Background(), binary, args...)
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "NLB_") })
 	return cmd
 }

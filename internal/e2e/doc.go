@@ -5,7 +5,7 @@
 //	go test ./internal/e2e -run Hairpin
 //	NLB_BINARY=bin/nlb go test ./internal/e2e
 //
-// Without NLB_BINARY the tests build nlb with the race detector and fail if it
-// finds a race. A test that fails prints the ruleset, the flows, the addresses
+// Without NLB_BINARY the tests build nlb, and once more with the race detector for
+// some of them, which fail if it finds a race. A test that fails prints the ruleset, the flows, the addresses
 // and routes of the balancer, and the daemon's log.
 package e2e

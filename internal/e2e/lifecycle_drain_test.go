@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -339,4 +340,144 @@ func TestRemovalDrains(t *testing.T) {
 	}
 	w.leaks()
 	eventually(t, "nothing to change", d.planned)
+}
+
+// TestRemovedWhileDown takes a target, and a group with its listener, out of the
+// file while no daemon runs. They drain from when the next one begins, whatever
+// happens to that one.
+func TestRemovedWhileDown(t *testing.T) {
+	t.Parallel()
+	top := routed(t, lab.Options{})
+	serveTargets(t, top, targetPort)
+	client, t1, t2 := top.Clients[0], top.Targets[0], top.Targets[1]
+	ports := map[string]uint16{"cut": cutPort, "kept": livePort, "gone": latePort}
+	file := func(nodes []*lab.Node, names ...string) config {
+		c := config{Sources: sources(top), VIPs: both()}
+		for _, name := range names {
+			p := pool(name, "TCP", "preserve", targetPort, targets(nodes...))
+			p.Deregister = leaving(delay, name != "kept")
+			c.Groups = append(c.Groups, p)
+			c.Listeners = append(c.Listeners, listen(name, "TCP", ports[name], name)...)
+		}
+		return c
+	}
+	d := serving(t, top, file(top.Targets, "cut", "kept", "gone"))
+	holdings := map[string]*holding{}
+	for name, port := range ports {
+		holdings[name] = hold(t, client, port)
+	}
+	w := watch(t, top)
+	left := map[string][]*lab.Node{"cut": {t1}, "kept": {t1}, "gone": {t1, t2}}
+
+	d.kill()
+	d.write(file(top.Targets[1:], "cut", "kept").String())
+	eventually(t, "longer than the delay", passed(time.Now().Add(delay)))
+	for _, h := range holdings {
+		h.alive("nobody is there", t1.Name, t2.Name)
+	}
+	before := time.Now()
+	d.start()
+	began := time.Now()
+	// Another crash does not prolong what has begun.
+	d.kill()
+	d.start()
+	for name, nodes := range left {
+		for _, n := range nodes {
+			if err := d.stands(name, n, balancer.Draining, balancer.ReasonDeregistrationInProgress); err != nil {
+				t.Error(err)
+			}
+			for _, x := range d.standing(name, n) {
+				if !x.Removed {
+					t.Errorf("%s: %v is not said to have been removed", name, x.AddrPort())
+				}
+			}
+		}
+	}
+	for _, name := range []string{"cut", "kept"} {
+		avoided(t, "removed", client, ports[name], 20, t1.Name)
+	}
+	if late := time.Since(before); late < delay {
+		for _, h := range holdings {
+			h.alive("draining", t1.Name, t2.Name)
+		}
+		eventually(t, "nothing to change", d.planned)
+	} else {
+		t.Errorf("the machine took %v for what should come before the deadline", late)
+	}
+
+	for _, name := range []string{"cut", "gone"} {
+		for _, n := range left[name] {
+			w.cut("removed", holdings[name], n.Name, before.Add(delay-slack), began.Add(delay+slack))
+			holdings[name].over("after the deadline", n.Name)
+		}
+	}
+	d.disappears("cut", t1)
+	d.disappears("kept", t1)
+	holdings["kept"].alive("after the deadline", t1.Name, t2.Name)
+	w.spared("kept", holdings["kept"], t1.Name)
+	holdings["cut"].alive("after the deadline", t2.Name)
+	w.spared("cut", holdings["cut"], t2.Name)
+	avoided(t, "after the deadline", client, cutPort, 20, t1.Name)
+	w.leaks()
+	eventually(t, "nothing to change", d.planned)
+	// What is over is not begun again by the next start.
+	d.kill()
+	d.start()
+	for name := range left {
+		if name != "gone" && len(d.standing(name, t1)) > 0 {
+			t.Errorf("%s: %v", name, d.standing(name, t1))
+		}
+	}
+	holdings["kept"].alive("after another start", t1.Name, t2.Name)
+}
+
+// passed fails until a moment has come.
+func passed(at time.Time) func() error {
+	return func() error {
+		if left := time.Until(at); left > 0 {
+			return fmt.Errorf("%v left", left)
+		}
+		return nil
+	}
+}
+
+// TestRegistrationsAreForgotten has a start that finds a damaged list of what was
+// registered, and one after nlb clear, with which flows ended: neither drains.
+func TestRegistrationsAreForgotten(t *testing.T) {
+	t.Parallel()
+	const list = "targets.json"
+	top, d := served(t, lab.Options{Targets: 3}, 3)
+	without := func(nodes ...*lab.Node) {
+		t.Helper()
+		d.write(twoServices(top, nodes...).String())
+		d.start()
+		for _, name := range []string{"web", "dns"} {
+			if n := len(d.group(name).Targets); n != len(nodes)*len(families) {
+				t.Errorf("%s has %d targets: %+v", name, n, d.group(name).Targets)
+			}
+		}
+	}
+	d.kill()
+	if err := os.WriteFile(d.state(list), []byte(`[{"name"`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	without(top.Targets[:2]...)
+	if said := d.log.String(); !strings.Contains(said, d.state(list)) {
+		t.Errorf("no warning names %s:\n%.3000s", d.state(list), said)
+	}
+	d.stop()
+	key := read(d.state("hash.key"))
+	if text := read(d.state(list)); !strings.Contains(text, top.Targets[1].Addr4.String()) || strings.Contains(text, top.Targets[2].Addr4.String()) {
+		t.Errorf("%s: %s", list, text)
+	}
+	if out := d.run("clear", "--state-dir", d.state("")); out.code != 0 {
+		t.Fatalf("clear: %+v", out)
+	}
+	if _, err := os.Stat(d.state(list)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s after a clear: %v", list, err)
+	}
+	without(top.Targets[0])
+	if now := read(d.state("hash.key")); now != key {
+		t.Errorf("another hash key after a clear: %q, was %q", now, key)
+	}
 }

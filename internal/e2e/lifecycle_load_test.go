@@ -19,7 +19,7 @@ func TestManyChangesUnderLoad(t *testing.T) {
 	switch {
 	case os.Getenv("NLB_LONG") == "1":
 		reloads = 1000
-	case os.Getenv("NLB_BINARY") == "":
+	case isRaced(t):
 		reloads = 20 // under the race detector a reload takes several times as long
 	}
 	const stable, flows = 3, 500 // flows per family

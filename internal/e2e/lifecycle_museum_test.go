@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"testing"
 	"time"
 
@@ -223,11 +222,7 @@ func momentWithout(t *testing.T) {
 		}
 		fresh = append(fresh, run)
 	}
-	reloads := 30
-	if os.Getenv("NLB_BINARY") == "" {
-		reloads = 10 // under the race detector a reload takes several times as long
-	}
-	for n := range reloads {
+	for n := range 30 {
 		half := (n + 1) % 2 * 2
 		c.Groups[0].Targets = targets(top.Targets[half : half+2]...)
 		if err := d.reload(c.String()); err != nil {

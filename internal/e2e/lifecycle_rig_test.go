@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,11 +22,9 @@ import (
 	"nlb/bench/lab"
 )
 
-// delay is the deregistration delay of groups whose deadline is watched. Under the
-// race detector more has to fit in before it.
-var delay = map[bool]time.Duration{false: 3 * time.Second, true: 8 * time.Second}[os.Getenv("NLB_BINARY") == ""]
-
 const (
+	// delay is the deregistration delay of groups whose deadline is watched.
+	delay = 4 * time.Second
 	// slack is how far from its deadline the end of a flow may be.
 	slack = time.Second
 	// follow is how long a UDP client may be without a target that there is.

@@ -55,30 +55,27 @@ func TestUnhealthyTerminates(t *testing.T) {
 	if err := probed[t1.Name].Close(); err != nil {
 		t.Fatal(err)
 	}
-	// The families are probed apart from each other. No flow may be cut before
-	// the first has failed, nor stay a second longer than the last.
-	var first, failed time.Time
+	// The families are probed apart from each other. No flow may be cut before a
+	// second probe can have failed, nor stay a second longer than the last verdict.
+	first := before.Add(900 * time.Millisecond)
+	var failed time.Time
 	eventually(t, "both families unhealthy", func() error {
-		found, asked := 0, time.Now()
+		found := 0
 		for _, x := range d.standing("cut", t1) {
 			if x.State == balancer.Unhealthy {
 				found++
 			}
-		}
-		if found == 0 {
-			first = asked
 		}
 		if failed = time.Now(); found < len(families) {
 			return fmt.Errorf("%d of them", found)
 		}
 		return nil
 	})
-	const look = 300 * time.Millisecond // a pass of a busy machine: status tells of it at its end
 	if err := d.stands("slow", t1, balancer.UnhealthyDraining, ""); err != nil {
 		t.Error(err)
 	}
 	holdings["slow"].alive("unhealthy.draining", t1.Name, t2.Name)
-	w.cut("unhealthy", holdings["cut"], t1.Name, first.Add(-look), failed.Add(slack))
+	w.cut("unhealthy", holdings["cut"], t1.Name, first, failed.Add(slack))
 	holdings["cut"].over("unhealthy", t1.Name)
 	select {
 	case <-busy.ended:
@@ -88,7 +85,7 @@ func TestUnhealthyTerminates(t *testing.T) {
 	case <-soon(t).Done():
 		t.Error("a busy flow goes on")
 	}
-	w.reset("a busy flow", families[1].at(cutPort), []lab.Reply{busy.flow}, first.Add(-look), failed.Add(slack))
+	w.reset("a busy flow", families[1].at(cutPort), []lab.Reply{busy.flow}, first, failed.Add(slack))
 	for _, p := range datagrams["cut"] {
 		p.answered("unhealthy", failed, t2.Name)
 	}

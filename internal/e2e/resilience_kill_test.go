@@ -127,7 +127,7 @@ var keyText = regexp.MustCompile(`^[0-9a-f]{32}\n$`)
 func (d *daemon) tidy() {
 	d.t.Helper()
 	known := []string{"nlb.lock"}
-	for _, name := range []string{"hash.key", "health.json", "sysctls.json"} {
+	for _, name := range []string{"hash.key", "health.json", "numbers.last", "sysctls.json", "drains.json", "targets.json"} {
 		known = append(known, name, name+".new")
 	}
 	entries, err := os.ReadDir(d.state(""))

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -59,7 +58,7 @@ func ofFamily(addr string, prefixes []string) []string {
 // flow of a target that stays is broken or moved.
 func TestReloadsUnderLoad(t *testing.T) {
 	reloads := 200
-	if os.Getenv("NLB_BINARY") == "" {
+	if isRaced(t) {
 		reloads = 60 // under the race detector a reload takes several times as long
 	}
 	top, d := served(t, lab.Options{Targets: 5}, 3)

@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -77,6 +79,12 @@ func TestRestartKeepsDeadTargetsOut(t *testing.T) {
 					return fmt.Errorf("%v is initial", x.AddrPort())
 				}
 			}
+		}
+		return nil
+	})
+	eventually(t, "their flows are ended", func() error {
+		if slices.Contains(d.tableWords(), "ended") {
+			return errors.New("there are rules for it")
 		}
 		return nil
 	})
