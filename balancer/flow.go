@@ -26,10 +26,11 @@ type Flow struct {
 
 // FlowTable is what the kernel knows of flows.
 type FlowTable interface {
-	// FlowsTo lists the flows of an installed target.
-	FlowsTo(ctx context.Context, target TargetKey) ([]Flow, error)
-	// Forget forgets those flows of an installed target that over chooses.
-	Forget(ctx context.Context, target TargetKey, over func(Flow) bool) (int, error)
+	// FlowsTo lists the flows of those of the targets that are installed.
+	FlowsTo(ctx context.Context, targets []TargetKey) ([]Flow, error)
+	// Forget forgets those flows of the targets that over chooses, and counts
+	// them. It does nothing to targets that are not installed.
+	Forget(ctx context.Context, targets []TargetKey, over func(Flow) bool) (map[TargetKey]int, error)
 	// Prune forgets each flow of the host that stale chooses, ours or not.
 	Prune(ctx context.Context, stale func(Flow) bool) (int, error)
 	// Prompt makes both ends of TCP flows say something.

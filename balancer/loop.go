@@ -43,6 +43,9 @@ type loop struct {
 	resyncAt, driftAt, retryAt, changeAt time.Time
 	// No look for drift before this.
 	restUntil time.Time
+	// fresh are the verdicts that the kernel does not have yet, and when they
+	// were passed.
+	fresh map[TargetKey]time.Time
 }
 
 func (l *loop) run(ctx context.Context) {
@@ -120,9 +123,13 @@ func (l *loop) receive(ctx context.Context, in inbox) {
 	}
 	known := targetKeys(l.spec)
 	for k, h := range in.health {
-		if known[k] {
-			l.health[k] = h
+		if !known[k] {
+			continue
 		}
+		if _, waits := l.fresh[k]; !waits && l.health[k].State != h.State {
+			l.fresh[k] = h.Since
+		}
+		l.health[k] = h
 	}
 	if in.holds != nil {
 		l.holds = l.holds.with(in.holds, known)
@@ -457,6 +464,10 @@ func (l *loop) succeeded(done outcome, now time.Time) {
 	l.failures = 0
 	l.retryAt = time.Time{}
 	l.counts.Converged, l.counts.Took = now, now.Sub(done.begun)
+	for _, since := range l.fresh {
+		l.counts.Latency.add(now.Sub(since))
+	}
+	clear(l.fresh)
 }
 
 func (l *loop) publish(done outcome, now time.Time) {

@@ -133,6 +133,7 @@ func NewReconciler(o Options) *Reconciler {
 		start: loop{
 			spec: o.Spec, key: o.Key, health: health, holds: maps.Clone(o.Holds), drains: drains, leftover: make(map[TargetKey]time.Time),
 			unkept: !reflect.DeepEqual(drains, known), registered: o.Registered,
+			fresh: make(map[TargetKey]time.Time),
 		},
 		remember:  o.Remember,
 		register:  o.Register,

@@ -26,6 +26,8 @@ type Snapshot struct {
 	// Writes counts the Plans that were carried out, Repairs those among them
 	// that undid somebody else's change, Failures the passes that failed.
 	Writes, Repairs, Failures uint64
+	// Latency says how long verdicts took to reach the kernel.
+	Latency Latency
 }
 
 // SourceFor is the address that flows of ours towards a target are given where

@@ -2,8 +2,10 @@ package balancer
 
 import (
 	"context"
+	"maps"
 	"net/netip"
 	"reflect"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -22,6 +24,11 @@ const (
 	pruneEvery = 30 * time.Second
 	// sweepRetry is the pause after a failure.
 	sweepRetry = time.Second
+	// Targets that fail all the time must not have us walk the flows all the
+	// time: a sweep is followed by so many times its own duration without one,
+	// up to longestRest, and what became due meanwhile is swept together.
+	sweepRest   = 4
+	longestRest = 200 * time.Millisecond
 )
 
 // A Sweeper ends the flows that the state of the targets says should not be. A
@@ -73,7 +80,11 @@ func (s *Sweeper) Run(ctx context.Context) error {
 		}
 		wait := pruneEvery
 		if snapshot := s.reconciler.Snapshot(); snapshot != nil && snapshot.Err == nil {
-			wait = s.sweep(ctx, snapshot, time.Now())
+			begun := time.Now()
+			wait = s.sweep(ctx, snapshot, begun)
+			if !sleep(ctx, min(sweepRest*time.Since(begun), longestRest)) {
+				return nil
+			}
 		}
 		timer.Reset(wait)
 	}
@@ -109,10 +120,11 @@ func (s *Sweeper) failed(ctx context.Context, what string, err error) {
 	}
 }
 
-// cut goes on with the targets whose flows are being ended.
+// cut goes on with the targets whose flows are being ended. Those that are due
+// share each look at the flows: it costs the kernel a walk of all flows there
+// are, whoever is looked for.
 func (s *Sweeper) cut(ctx context.Context, groups []TargetGroupStatus, now time.Time) time.Duration {
-	wait := pruneEvery
-	current := make(map[TargetKey]*cut)
+	current, due := make(map[TargetKey]*cut), make(map[TargetKey]*cut)
 	for _, g := range groups {
 		for _, t := range g.Targets {
 			if !t.Terminate {
@@ -124,46 +136,52 @@ func (s *Sweeper) cut(ctx context.Context, groups []TargetGroupStatus, now time.
 				c = &cut{begun: now}
 			}
 			current[key] = c
-			if next, more := s.step(ctx, key, c, now); more {
-				wait = min(wait, max(0, next.Sub(now)))
+			if !c.done && !now.Before(c.next()) {
+				due[key] = c
 			}
 		}
 	}
 	s.cuts = current
+	if len(due) > 0 {
+		s.step(ctx, due, now)
+	}
+	wait := pruneEvery
+	for _, c := range current {
+		if !c.done {
+			wait = min(wait, max(0, c.next().Sub(now)))
+		}
+	}
 	return wait
 }
 
-// step prompts the target's flows, forgets those whose ends were both told, and
-// at last those that are left. It returns when the next step is due, if there is
-// one.
-func (s *Sweeper) step(ctx context.Context, key TargetKey, c *cut, now time.Time) (next time.Time, more bool) {
-	if c.done {
-		return time.Time{}, false
-	}
-	last := !now.Before(c.begun.Add(forgetAfter))
-	if due := c.next(); !last && now.Before(due) {
-		return due, true
-	}
-	if err := s.forget(ctx, key, c, last); err != nil {
-		s.failed(ctx, "flows of a target cannot be ended", err)
-	}
-	if last {
-		c.done = true
-		if c.ended > 0 {
-			s.log.Info("flows of a target ended", zap.String("target_group", key.Group),
-				zap.Stringer("target", key.AddrPort), zap.Int("flows", c.ended))
+// step prompts the targets' flows, forgets those whose ends were both told, and
+// at last those that are left.
+func (s *Sweeper) step(ctx context.Context, due map[TargetKey]*cut, now time.Time) {
+	s.forget(ctx, due, now)
+	ask := make(map[TargetKey]*cut)
+	for key, c := range due {
+		switch {
+		case c.last(now):
+			c.done = true
+			if c.ended > 0 {
+				s.log.Info("flows of a target ended", zap.String("target_group", key.Group),
+					zap.Stringer("target", key.AddrPort), zap.Int("flows", c.ended))
+			}
+		case c.prompted < prompts && !now.Before(c.begun.Add(time.Duration(c.prompted)*promptEvery)):
+			ask[key] = c
+			c.prompted++
+			c.looks = 0
+		default:
+			c.looks++
 		}
-		return time.Time{}, false
 	}
-	if c.prompted < prompts && !now.Before(c.begun.Add(time.Duration(c.prompted)*promptEvery)) {
-		s.prompt(ctx, key, c)
-		c.prompted++
-		c.looks = 0
-	} else {
-		c.looks++
+	if len(ask) > 0 {
+		s.prompt(ctx, ask)
 	}
-	return c.next(), true
 }
+
+// last says whether whatever is left is to be forgotten.
+func (c *cut) last(now time.Time) bool { return !now.Before(c.begun.Add(forgetAfter)) }
 
 // next is when there is something to do: looks come quickly after a prompt, when
 // the near ends answer, and then seldom.
@@ -186,33 +204,40 @@ func (c *cut) next() time.Time {
 // looked at, or both ends have spoken since the rule was there that answers with
 // a reset. That a flow looks closed is no sign that both were told: the first
 // reset closes it in the kernel's eyes (nf_ct_set_closing, Linux 6.3).
-func (s *Sweeper) forget(ctx context.Context, key TargetKey, c *cut, all bool) error {
-	n, err := s.flows.Forget(ctx, key, func(f Flow) bool {
+func (s *Sweeper) forget(ctx context.Context, due map[TargetKey]*cut, now time.Time) {
+	n, err := s.flows.Forget(ctx, slices.Collect(maps.Keys(due)), func(f Flow) bool {
+		c := due[f.To]
 		before, asked := c.waiting[f.ends()]
-		return all || f.Protocol == ProtoTCP && (!asked && !f.Live || asked && f.Sent > before.Sent && f.Answered > before.Answered)
+		return c.last(now) || f.Protocol == ProtoTCP && (!asked && !f.Live || asked && f.Sent > before.Sent && f.Answered > before.Answered)
 	})
-	c.ended += n
-	return err
+	for key, ended := range n {
+		due[key].ended += ended
+	}
+	if err != nil {
+		s.failed(ctx, "flows of targets cannot be ended", err)
+	}
 }
 
 // prompt asks those ends that have not spoken.
-func (s *Sweeper) prompt(ctx context.Context, key TargetKey, c *cut) {
-	flows, err := s.flows.FlowsTo(ctx, key)
+func (s *Sweeper) prompt(ctx context.Context, due map[TargetKey]*cut) {
+	flows, err := s.flows.FlowsTo(ctx, slices.Collect(maps.Keys(due)))
 	if err == nil {
-		waiting := make(map[flowEnds]Flow)
+		before := make(map[TargetKey]map[flowEnds]Flow, len(due))
+		for key, c := range due {
+			before[key], c.waiting = c.waiting, make(map[flowEnds]Flow)
+		}
 		ask := flows[:0]
 		for _, f := range flows {
-			before, again := c.waiting[f.ends()]
-			if f.Protocol != ProtoTCP || !f.Live && !again || f.Target != key.AddrPort {
+			first, again := before[f.To][f.ends()]
+			if f.Protocol != ProtoTCP || !f.Live && !again || f.Target != f.To.AddrPort {
 				continue
 			}
 			if !again {
-				before = f
+				first = f
 			}
 			ask = append(ask, f)
-			waiting[f.ends()] = before
+			due[f.To].waiting[f.ends()] = first
 		}
-		c.waiting = waiting
 		err = s.flows.Prompt(ask)
 	}
 	if err != nil {
@@ -224,22 +249,26 @@ func (s *Sweeper) prompt(ctx context.Context, key TargetKey, c *cut) {
 // findLeftover looks for flows of targets that should have none and are not
 // being cut: those that were cut while nobody was there to do it.
 func (s *Sweeper) findLeftover(ctx context.Context, groups []TargetGroupStatus) {
-	var found []TargetKey
+	var idle []TargetKey
 	for _, g := range groups {
 		for _, t := range g.Targets {
-			if !t.Cut || t.Terminate || t.State == Unused {
-				continue
-			}
-			flows, err := s.flows.FlowsTo(ctx, t.key(g.Name))
-			if err != nil {
-				s.failed(ctx, "flows of a failed target cannot be listed", err)
-			}
-			if len(flows) > 0 {
-				found = append(found, t.key(g.Name))
+			if t.Cut && !t.Terminate && t.State != Unused {
+				idle = append(idle, t.key(g.Name))
 			}
 		}
 	}
+	if len(idle) == 0 {
+		return
+	}
+	flows, err := s.flows.FlowsTo(ctx, idle)
+	if err != nil {
+		s.failed(ctx, "flows of failed targets cannot be listed", err)
+	}
+	found := make(map[TargetKey]bool)
+	for _, f := range flows {
+		found[f.To] = true
+	}
 	if len(found) > 0 {
-		s.reconciler.leftover(found)
+		s.reconciler.leftover(slices.Collect(maps.Keys(found)))
 	}
 }

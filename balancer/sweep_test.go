@@ -28,15 +28,29 @@ func (w *flowWorld) note(format string, args ...any) {
 	w.did = append(w.did, fmt.Sprintf("%v ", time.Since(w.begun).Round(time.Millisecond))+fmt.Sprintf(format, args...))
 }
 
-func (w *flowWorld) FlowsTo(_ context.Context, k TargetKey) ([]Flow, error) {
+func (w *flowWorld) FlowsTo(_ context.Context, keys []TargetKey) (flows []Flow, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return append([]Flow{}, w.flows[k]...), nil
+	for _, k := range keys {
+		flows = append(flows, w.flows[k]...)
+	}
+	return flows, nil
 }
 
-func (w *flowWorld) Forget(_ context.Context, k TargetKey, over func(Flow) bool) (n int, err error) {
+func (w *flowWorld) Forget(_ context.Context, keys []TargetKey, over func(Flow) bool) (map[TargetKey]int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	forgotten := make(map[TargetKey]int)
+	for _, k := range keys {
+		if n := w.forget(k, over); n > 0 {
+			forgotten[k] = n
+		}
+	}
+	return forgotten, nil
+}
+
+// forget needs mu.
+func (w *flowWorld) forget(k TargetKey, over func(Flow) bool) (n int) {
 	var kept []Flow
 	for _, f := range w.flows[k] {
 		if over(f) {
@@ -49,7 +63,7 @@ func (w *flowWorld) Forget(_ context.Context, k TargetKey, over func(Flow) bool)
 	if n > 0 {
 		w.note("forget %v: %d", k, n)
 	}
-	return n, nil
+	return n
 }
 
 func (w *flowWorld) Prune(_ context.Context, stale func(Flow) bool) (n int, err error) {

@@ -35,16 +35,36 @@ func (s State) String() string {
 // Successes and failures count when they come in a row. The first success
 // admits a new target whatever the threshold ("the load balancer must receive
 // one successful health check", Network Load Balancers, Target registration).
+//
+// A target that comes back and fails again within relapse answers, time after
+// time, needs twice the successes to return from the second time on, up to
+// steadfast, until it has stayed longer: a verdict that turns with every answer
+// would have every probe of a thousand targets rewrite the kernel's tables. To
+// fail never takes longer.
 type Tracker struct {
 	state              State
 	healthy, unhealthy int // thresholds
 	streak             int // answers in a row that speak for leaving state
+	// needed successes make an unhealthy target healthy.
+	needed int
+	// lasted counts the answers since the target returned, up to relapse; a
+	// target that never failed is as good as one that returned long ago.
+	lasted int
+	// relapses counts the returns in a row that did not last.
+	relapses int
 }
+
+const (
+	relapse = 20
+	// steadfast is the largest threshold there is in ELBv2.
+	steadfast = 10
+)
 
 // NewTracker returns the Tracker of a new target. Thresholds below one count
 // as one.
 func NewTracker(healthyThreshold, unhealthyThreshold int) Tracker {
-	return Tracker{healthy: max(healthyThreshold, 1), unhealthy: max(unhealthyThreshold, 1)}
+	healthy := max(healthyThreshold, 1)
+	return Tracker{healthy: healthy, unhealthy: max(unhealthyThreshold, 1), needed: healthy, lasted: relapse}
 }
 
 // State returns what the answers so far amount to.
@@ -53,6 +73,9 @@ func (t Tracker) State() State { return t.state }
 // Observe returns the Tracker after one more answer, and whether its state is
 // another.
 func (t Tracker) Observe(ok bool) (next Tracker, changed bool) {
+	if t.state == Healthy {
+		t.lasted = min(t.lasted+1, relapse)
+	}
 	if ok == (t.state == Healthy) && t.state != Initial {
 		t.streak = 0
 		return t, false
@@ -62,12 +85,27 @@ func (t Tracker) Observe(ok bool) (next Tracker, changed bool) {
 	}
 	t.streak++
 	switch {
-	case ok && t.streak >= t.healthy:
+	case ok && t.streak >= t.needed:
+		t.lasted = 0
 		return t.enter(Healthy), true
 	case !ok && t.streak >= t.unhealthy:
-		return t.enter(Unhealthy), true
+		return t.fail(), true
 	}
 	return t, false
+}
+
+// fail is the way to Unhealthy, and decides what the way back takes.
+func (t Tracker) fail() Tracker {
+	if t.lasted < relapse {
+		t.relapses++
+	} else {
+		t.relapses = 0
+	}
+	t.needed = t.healthy
+	for n := 1; n < t.relapses && t.needed < steadfast; n++ {
+		t.needed = min(2*t.needed, steadfast)
+	}
+	return t.enter(Unhealthy)
 }
 
 func (t Tracker) enter(s State) Tracker {

@@ -22,6 +22,11 @@ func TestTracker(t *testing.T) {
 		"a failure delays recovery":            {3, 2, "--++-+++", "iuuuuuuh"},
 		"down, up and down again":              {2, 2, "+--++--", "hhuuhhu"},
 		"thresholds below one are one":         {0, -1, "+-+", "huh"},
+		"two returns are on trust":             {1, 1, "+-+-+-", "huhuhu"},
+		"then it takes twice the successes":    {1, 1, "+-+-+-+-++", "huhuhuuuuh"},
+		"each relapse doubles":                 {1, 1, "+-+-+-++-++++", "huhuhuuhuuuuh"},
+		"at most the largest threshold":        {6, 1, "+-++++++-++++++-++++++++++", "huuuuuuhuuuuuuhuuuuuuuuuuh"},
+		"who stays is trusted again":           {1, 1, "+-+-+-++" + strings.Repeat("+", relapse-1) + "-+", "huhuhuuh" + strings.Repeat("h", relapse-1) + "uh"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -45,11 +50,12 @@ func TestTracker(t *testing.T) {
 
 // TestTrackerAgainstHistory compares with the rule said over the whole history:
 // a state is left when the last threshold answers, all since it was entered,
-// speak against it.
+// speak against it. What a relapse needs is more, which the table above says.
 func TestTrackerAgainstHistory(t *testing.T) {
 	const healthy, unhealthy, length = 3, 2, 12
 	for history := range 1 << length {
 		tracker, state, entered := NewTracker(healthy, unhealthy), Initial, 0
+		needed, returns := healthy, 0
 		for i := range length {
 			tracker, _ = tracker.Observe(history>>i&1 == 1)
 			run := func(bit, n int) bool {
@@ -62,12 +68,18 @@ func TestTrackerAgainstHistory(t *testing.T) {
 			}
 			was := state
 			switch {
-			case state == Initial && run(1, 1), state == Unhealthy && run(1, healthy):
+			case state == Initial && run(1, 1), state == Unhealthy && run(1, needed):
 				state = Healthy
 			case state != Unhealthy && run(0, unhealthy):
 				state = Unhealthy
 			}
 			if state != was {
+				if state == Unhealthy && returns > 1 { // within relapse: the history is shorter
+					needed = min(2*healthy, steadfast)
+				}
+				if was == Unhealthy {
+					returns++
+				}
 				entered = i + 1
 			}
 			if tracker.State() != state {

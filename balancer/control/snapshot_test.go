@@ -44,5 +44,9 @@ func webSnapshot() *balancer.Snapshot {
 		Writes:     4,
 		Repairs:    1,
 		Failures:   2,
+		Latency: balancer.Latency{
+			Buckets: [len(balancer.LatencyBounds) + 1]uint64{0: 2, 4: 1, len(balancer.LatencyBounds): 1},
+			Count:   4, Sum: 6250 * time.Millisecond,
+		},
 	}
 }

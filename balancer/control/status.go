@@ -41,8 +41,35 @@ type Apply struct {
 	WritesTotal       uint64 `json:"writes_total"`
 	DriftRepairsTotal uint64 `json:"drift_repairs_total"`
 	FailuresTotal     uint64 `json:"failures_total"`
+	// Latency says how long verdicts took from the probe that decided to the end
+	// of the pass that put them into the kernel.
+	Latency Latency `json:"verdict_latency"`
 	// CountersError is why flows and bytes are null; empty when they are not.
 	CountersError string `json:"counters_error,omitempty"`
+}
+
+// Latency counts durations since the daemon's start.
+type Latency struct {
+	Count      uint64          `json:"count"`
+	SumSeconds float64         `json:"sum_seconds"`
+	Buckets    []LatencyBucket `json:"buckets"`
+}
+
+// LatencyBucket counts what took up to LeSeconds, cumulatively. What took longer
+// than the last one's is in Count alone.
+type LatencyBucket struct {
+	LeSeconds float64 `json:"le_seconds"`
+	Count     uint64  `json:"count"`
+}
+
+func latency(l balancer.Latency) Latency {
+	out := Latency{Count: l.Count, SumSeconds: l.Sum.Seconds()}
+	below := uint64(0)
+	for i, bound := range balancer.LatencyBounds {
+		below += l.Buckets[i]
+		out.Buckets = append(out.Buckets, LatencyBucket{bound.Seconds(), below})
+	}
+	return out
 }
 
 // Listener is one listener of a Status.
@@ -129,6 +156,7 @@ func NewStatus(dataplane string, s *balancer.Snapshot, counted Counts, uncounted
 			WritesTotal:       s.Writes,
 			DriftRepairsTotal: s.Repairs,
 			FailuresTotal:     s.Failures,
+			Latency:           latency(s.Latency),
 			CountersError:     errorText(uncounted),
 		},
 		Listeners:    []Listener{},

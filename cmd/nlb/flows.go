@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/netip"
 
 	"nlb/balancer"
 	"nlb/balancer/conntrack"
@@ -21,31 +22,78 @@ type flowTable struct {
 
 var _ balancer.FlowTable = flowTable{}
 
+// fewMarks is for how many targets it is cheaper to have the kernel walk all
+// flows for each and show its own, than to have it show all flows once.
+const fewMarks = 4
+
+// filters choose at least all flows of the targets.
+func (t flowTable) filters(targets []balancer.TargetKey) []conntrack.Filter {
+	var each []conntrack.Filter
+	for _, k := range targets {
+		if mark, ok := t.dataplane.Number(k); ok {
+			each = append(each, conntrack.Filter{Mark: uint32(mark), Mask: nft.TargetMask})
+		}
+	}
+	if len(each) > fewMarks {
+		return []conntrack.Filter{{}}
+	}
+	return each
+}
+
+// A flowName tells flows from each other.
+type flowName struct {
+	protocol    uint8
+	client, vip netip.AddrPort
+}
+
+func setOf(targets []balancer.TargetKey) map[balancer.TargetKey]bool {
+	set := make(map[balancer.TargetKey]bool, len(targets))
+	for _, k := range targets {
+		set[k] = true
+	}
+	return set
+}
+
 // FlowsTo implements balancer.FlowTable.
-func (t flowTable) FlowsTo(ctx context.Context, target balancer.TargetKey) ([]balancer.Flow, error) {
-	mark, ok := t.dataplane.Number(target)
-	if !ok {
-		return nil, nil // it has left
-	}
-	entries, err := t.flows.Flows(ctx, conntrack.Filter{Mark: uint32(mark), Mask: nft.TargetMask})
-	if err != nil {
-		return nil, err
-	}
-	flows := make([]balancer.Flow, len(entries))
-	for i, e := range entries {
-		flows[i] = t.flow(e)
+func (t flowTable) FlowsTo(ctx context.Context, targets []balancer.TargetKey) ([]balancer.Flow, error) {
+	wanted := setOf(targets)
+	var flows []balancer.Flow
+	for _, filter := range t.filters(targets) {
+		entries, err := t.flows.Flows(ctx, filter)
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range entries {
+			if f := t.flow(e); wanted[f.To] {
+				flows = append(flows, f)
+			}
+		}
 	}
 	return flows, nil
 }
 
 // Forget implements balancer.FlowTable.
-func (t flowTable) Forget(ctx context.Context, target balancer.TargetKey, over func(balancer.Flow) bool) (int, error) {
-	mark, ok := t.dataplane.Number(target)
-	if !ok {
-		return 0, nil
+func (t flowTable) Forget(ctx context.Context, targets []balancer.TargetKey, over func(balancer.Flow) bool) (map[balancer.TargetKey]int, error) {
+	wanted, forgotten := setOf(targets), make(map[balancer.TargetKey]int)
+	for _, filter := range t.filters(targets) {
+		// It may be asked twice about a flow.
+		chosen := make(map[flowName]balancer.TargetKey)
+		_, err := t.flows.DeleteFunc(ctx, filter, func(e conntrack.Flow) bool {
+			f := t.flow(e)
+			if !f.Ours || !wanted[f.To] || !over(f) {
+				return false
+			}
+			chosen[flowName{f.Protocol, f.Client, f.VIP}] = f.To
+			return true
+		})
+		for _, k := range chosen {
+			forgotten[k]++
+		}
+		if err != nil {
+			return forgotten, err
+		}
 	}
-	return t.flows.DeleteFunc(ctx, conntrack.Filter{Mark: uint32(mark), Mask: nft.TargetMask},
-		func(f conntrack.Flow) bool { return over(t.flow(f)) })
+	return forgotten, nil
 }
 
 // Prune implements balancer.FlowTable.

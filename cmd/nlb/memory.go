@@ -19,8 +19,12 @@ import (
 
 const healthFile = "health.json"
 
-// rememberEvery bounds what a crash forgets.
-const rememberEvery = 100 * time.Millisecond
+// rememberEvery bounds what a crash forgets. What changes all the time is
+// written once in rememberRest: each time is a file of all targets, synced.
+const (
+	rememberEvery = 100 * time.Millisecond
+	rememberRest  = time.Second
+)
 
 // A remembered is what is kept of one target's health. A daemon that comes back
 // goes on where the former one was: it neither sends flows to a target that was
@@ -78,7 +82,9 @@ func recallHealth(dir string, log *zap.Logger) (balancer.HealthView, balancer.Ho
 func rememberHealth(ctx context.Context, dir string, snapshot func() *balancer.Snapshot, log *zap.Logger) error {
 	tick := time.NewTicker(rememberEvery)
 	defer tick.Stop()
+	var seen *balancer.Snapshot
 	var written []byte
+	var rest time.Time
 	failing := false
 	for more := true; more; {
 		select {
@@ -87,18 +93,19 @@ func rememberHealth(ctx context.Context, dir string, snapshot func() *balancer.S
 		case <-tick.C:
 		}
 		s := snapshot()
-		if s == nil {
+		if s == nil || s == seen || more && time.Now().Before(rest) {
 			continue
 		}
 		content, err := healthContent(s.Groups)
 		if err == nil && !bytes.Equal(content, written) {
 			err = balancer.WriteStateFile(dir, healthFile, content)
+			rest = time.Now().Add(rememberRest)
 		}
 		if err != nil && !failing {
 			log.Error("the targets' health cannot be written down, a restart will have forgotten it", zap.Error(err))
 		}
 		if failing = err != nil; !failing {
-			written = content
+			seen, written = s, content
 		}
 	}
 	return nil
