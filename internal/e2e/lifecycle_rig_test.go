@@ -341,6 +341,10 @@ func talk(t *testing.T, client *lab.Node, to netip.AddrPort, who string) *talker
 			Answer: ask(t, conn, answers), From: conn.LocalAddr().(*net.TCPAddr).AddrPort(),
 		}}
 		if x.flow.Who == who {
+			// It is closed with the test, however long that takes.
+			if err := conn.SetDeadline(time.Time{}); err != nil {
+				t.Fatal(err)
+			}
 			go x.run(conn, answers)
 			return x
 		}
