@@ -10,7 +10,7 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-print-directory
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build demo test lint check vulncheck fuzz bench-scale bench-path deps clean need-go need-root
+.PHONY: help build demo test lint check vulncheck fuzz bench-scale bench-path bench-relay deps clean need-go need-root
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench-scale: need-root need-go ## measure what a thousand listeners cost; root
 
 bench-path: need-root need-go build ## compare the established path with the smallest ruleset that does the job; root, about 45 s
 	@$(GO) run ./bench/path -nlb bin/nlb
+
+bench-relay: need-root need-go deps build ## compare the relay with HAProxy and nginx; root, about 2.5 min
+	@$(GO) run ./bench/relay -nlb bin/nlb
 
 deps: ## install the Debian packages that the tests need (deploy/packages)
 	@deploy/install-packages test

@@ -163,6 +163,7 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 			Address:   t.Target.Address,
 			Port:      t.Target.Port,
 			Weight:    t.Share,
+			ClientIP:  t.Target.ClientIP,
 			Terminate: t.Terminate,
 			Domain:    domain(g, t.Target, route),
 			Source:    source(spec, t.Target.Address, route),

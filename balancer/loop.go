@@ -164,9 +164,6 @@ func (l *loop) answer(ctx context.Context, req request) {
 
 // replace puts another Spec in force, or the former again.
 func (l *loop) replace(ctx context.Context, spec *Spec) error {
-	if errs := Unsupported(spec); errs != nil {
-		return errors.Join(errs...)
-	}
 	drains := l.drains.Follow(cmp.Or(l.spec, l.registered), spec, time.Now())
 	if err := l.rehearse(ctx, spec, drains); err != nil {
 		return err // nothing was touched

@@ -214,22 +214,6 @@ func TestFailedSpecLeavesTheFormerInForce(t *testing.T) {
 	})
 }
 
-func TestUnsupportedSpecIsRefused(t *testing.T) {
-	inBubble(t, webSpec(1), func(t *testing.T, w *world, r *Reconciler) {
-		steps := w.steps
-		bad := webSpec(1)
-		bad.TargetGroups[0].ClientIP = ProxyProtocolV2
-		err := r.SetSpec(t.Context(), bad)
-		const want = "target group web: client_ip proxy_protocol_v2 is not built into this version; use preserve, hairpin_snat or snat"
-		if !errors.Is(err, ErrUnsupported) || err.Error() != want {
-			t.Errorf("error %v", err)
-		}
-		if w.steps != steps {
-			t.Error("the kernel was touched")
-		}
-	})
-}
-
 func TestReloadKeepsHealthOfTargetsThatStay(t *testing.T) {
 	inBubble(t, webSpec(2), func(t *testing.T, w *world, r *Reconciler) {
 		since := time.Now()

@@ -252,6 +252,8 @@ type Target struct {
 	Address netip.Addr
 	Port    uint16
 	Weight  int // 0-256; 0 takes no new flows
+	// ClientIP is the target's own, 0 if it is the group's.
+	ClientIP ClientIP
 	// Colocated lists what else is on the target's host: clients from there
 	// are hairpins too.
 	Colocated []netip.Prefix

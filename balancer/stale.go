@@ -54,7 +54,7 @@ func newStaleness(want *Desired, groups []TargetGroupStatus, vips map[netip.Addr
 func (j *staleness) stale(f Flow) bool {
 	pools, served := j.services[serviceAddr{f.Protocol, f.VIP}]
 	switch {
-	case served && f.Target == f.VIP:
+	case served && !f.Ours && f.Target == f.VIP:
 		return true // it was here before the listener, and goes past it
 	case f.Protocol != ProtoUDP || !f.Ours || !j.vips[f.VIP.Addr()]:
 		return false

@@ -69,6 +69,8 @@ type Destination struct {
 	Port    uint16
 	// Weight is the share of new flows; 0 quiesces.
 	Weight int
+	// ClientIP is its own, if it is not the Pool's.
+	ClientIP ClientIP `json:",omitzero"`
 	// Terminate says that its TCP flows are being ended: whatever either end
 	// sends is answered with a reset. Weight is 0 then.
 	Terminate bool
@@ -78,6 +80,44 @@ type Destination struct {
 	// Source is the SNAT source towards it when Table.Sources has none of its
 	// family; the zero Addr when no usable one is known.
 	Source netip.Addr
+}
+
+// ClientIPOf is how the client's address travels to one of p's destinations.
+func (p *Pool) ClientIPOf(d *Destination) ClientIP {
+	if d.ClientIP != 0 {
+		return d.ClientIP
+	}
+	return p.ClientIP
+}
+
+// Relays reports whether the relay makes connections to any of p's destinations.
+func (p *Pool) Relays() bool {
+	for i := range p.Destinations {
+		if p.ClientIPOf(&p.Destinations[i]) == ProxyProtocolV2 {
+			return true
+		}
+	}
+	return p.ClientIP == ProxyProtocolV2
+}
+
+// Usable lists which of p's destinations, by their index, the flows to a VIP of
+// so many bits may go to. Those are of the VIP's family; but the relay, which
+// makes another connection, takes the others where there are none.
+func (p *Pool) Usable(bits int) (own []int) {
+	var relayed []int
+	for i := range p.Destinations {
+		d := &p.Destinations[i]
+		switch {
+		case d.Address.BitLen() == bits:
+			own = append(own, i)
+		case p.ClientIPOf(d) == ProxyProtocolV2:
+			relayed = append(relayed, i)
+		}
+	}
+	if len(own) == 0 {
+		return relayed
+	}
+	return own
 }
 
 // AddrPort is where the destination listens.

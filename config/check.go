@@ -219,7 +219,7 @@ func (c *checker) checkPair(l *rawListener, f *rawForward, g *rawTargetGroup) {
 		}
 		c.r.add(f.TargetGroup.place, fmt.Sprintf("the listener is %s and %s is %s", l.Protocol.V, quote(g.Name.V), g.Protocol.V), "a group with protocol "+want)
 	}
-	if l.VIP.OK && !g.broken["targets"] && len(g.Targets) > 0 && !g.reaches(l.VIP.V) {
+	if l.VIP.OK && !g.broken["targets"] && len(g.Targets) > 0 && !g.reaches(l.VIP.V) && !g.relays() {
 		c.r.add(f.TargetGroup.place, fmt.Sprintf("the VIP is %s and no target of %s is", family(l.VIP.V), quote(g.Name.V)), "a target of the VIP's family")
 	}
 }
@@ -228,6 +228,18 @@ func (c *checker) checkPair(l *rawListener, f *rawForward, g *rawTargetGroup) {
 // listener of protocol wanted accepts.
 func speaks(group, wanted balancer.Protocol) bool {
 	return group == wanted || group == balancer.TCPUDP
+}
+
+// relays reports whether a target has, or may have, connections made by the
+// relay, which are of the target's family whatever the client's is.
+func (g *rawTargetGroup) relays() bool {
+	return slices.ContainsFunc(g.Targets, func(t rawTarget) bool {
+		mode := g.ClientIP
+		if t.ClientIP.Written {
+			mode = t.ClientIP
+		}
+		return !mode.OK || mode.V == balancer.ProxyProtocolV2
+	})
 }
 
 // reaches reports whether a target has, or may have, the family of a.
@@ -278,8 +290,15 @@ func (c *checker) checkMode(g *rawTargetGroup) {
 	only(g.HairpinSubnet, balancer.HairpinSNAT, "there is no hairpin domain to widen")
 	only(g.ProxyProtocol.UniqueID, balancer.ProxyProtocolV2, "there is no header to put it in")
 	only(g.ProxyProtocol.CRC32C, balancer.ProxyProtocolV2, "there is no header to put it in")
-	if mode == balancer.ProxyProtocolV2 && g.Protocol.OK && g.Protocol.V != balancer.TCP {
-		c.r.add(g.ClientIP.place, "proxy_protocol_v2 relays TCP only, and the group is "+g.Protocol.V.String(), "preserve, hairpin_snat or snat, or protocol: TCP")
+	c.checkRelayed(g.ClientIP, g)
+}
+
+// checkRelayed reports a mode that relays what cannot be relayed. Of UDP each
+// datagram would need the header, which makes large ones too large for the way;
+// few receivers read it.
+func (c *checker) checkRelayed(mode rawClientIP, g *rawTargetGroup) {
+	if mode.OK && mode.V == balancer.ProxyProtocolV2 && g.Protocol.OK && g.Protocol.V != balancer.TCP {
+		c.r.add(mode.place, "proxy_protocol_v2 relays TCP only, and the group is "+g.Protocol.V.String(), "preserve, hairpin_snat or snat, or protocol: TCP")
 	}
 }
 
@@ -370,6 +389,9 @@ func (c *checker) checkTargets(g *rawTargetGroup) {
 	seen := make(map[netip.AddrPort]place)
 	for i := range g.Targets {
 		t := &g.Targets[i]
+		if t.ClientIP.Written {
+			c.checkRelayed(t.ClientIP, g)
+		}
 		c.notVIP(t.Address, "flows would come back to the balancer", "the address of the target itself")
 		port := t.port(g)
 		if !t.Address.OK || port == 0 {

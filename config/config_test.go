@@ -160,7 +160,7 @@ func TestFull(t *testing.T) {
 				Passive:             balancer.PassiveCheck{MaxFailures: 100, Hold: time.Hour, MaxHold: 24 * time.Hour},
 				Targets: []balancer.Target{
 					{Address: addr("2001:db8:78::11"), Port: 5353, Weight: 256, Colocated: []netip.Prefix{prefix("2001:db8:f1::/64"), prefix("2001:db8:78::1b/128")}},
-					{Address: addr("10.0.1.11"), Port: 53},
+					{Address: addr("10.0.1.11"), Port: 53, ClientIP: balancer.SNAT},
 				},
 			}, {
 				Name: "dns-green", Protocol: balancer.TCPUDP, Port: 53, ClientIP: balancer.HairpinSNAT, HairpinSubnet: true,

@@ -174,7 +174,16 @@ type rawTarget struct {
 	Address   rawAddress  `yaml:"address" required:"true" doc:"An IPv4 or IPv6 address; not a VIP."`
 	Port      rawPort     `yaml:"port" doc:"Default: the port of the group."`
 	Weight    rawInt      `yaml:"weight" default:"1" range:"0-256" doc:"The share of new flows, relative to the group's other targets; 0 takes none."`
+	ClientIP  rawClientIP `yaml:"client_ip" doc:"Default: the client_ip of the group. Another one is for changing the mode of a group's targets one by one."`
 	Colocated []rawPrefix `yaml:"colocated" doc:"What else is on the target's host, such as its pods: clients from there are hairpins too."`
+}
+
+// clientIP is the target's own mode, 0 if it is the group's.
+func (t *rawTarget) clientIP(g *rawTargetGroup) balancer.ClientIP {
+	if !t.ClientIP.Written || t.ClientIP.V == g.ClientIP.V {
+		return 0
+	}
+	return t.ClientIP.V
 }
 
 // port is the target's own port, or the group's; 0 when neither could be read.

@@ -75,7 +75,10 @@ func (g *rawTargetGroup) spec() balancer.TargetGroup {
 		HealthCheck: g.HealthCheck.spec(),
 		Passive:     g.PassiveHealthCheck.spec(),
 		Targets: each(g.Targets, func(t *rawTarget) balancer.Target {
-			return balancer.Target{Address: t.Address.V, Port: t.port(g), Weight: t.Weight.V, Colocated: prefixes(t.Colocated)}
+			return balancer.Target{
+				Address: t.Address.V, Port: t.port(g), Weight: t.Weight.V,
+				ClientIP: t.clientIP(g), Colocated: prefixes(t.Colocated),
+			}
 		}),
 	}
 }

@@ -109,6 +109,8 @@ type DeregistrationDelay struct {
 type Target struct {
 	Address netip.Addr `json:"address"`
 	Port    uint16     `json:"port"`
+	// ClientIP is the target's own; absent if it is the group's.
+	ClientIP balancer.ClientIP `json:"client_ip,omitzero"`
 	// Weight is the configured one, EffectiveWeight the one new flows see.
 	Weight          int            `json:"weight"`
 	EffectiveWeight int            `json:"effective_weight"`
@@ -201,6 +203,7 @@ func targetGroup(g *balancer.TargetGroup, s balancer.TargetGroupStatus, counted 
 		target := Target{
 			Address:         t.Target.Address,
 			Port:            t.Target.Port,
+			ClientIP:        t.Target.ClientIP,
 			Weight:          t.Target.Weight,
 			EffectiveWeight: t.Share,
 			State:           t.State,
@@ -254,7 +257,7 @@ func (s *Status) Seen() (balancer.View, *balancer.Spec) {
 		}
 		for _, t := range g.Targets {
 			if !t.Removed {
-				group.Targets = append(group.Targets, balancer.Target{Address: t.Address, Port: t.Port, Weight: t.Weight})
+				group.Targets = append(group.Targets, balancer.Target{Address: t.Address, Port: t.Port, Weight: t.Weight, ClientIP: t.ClientIP})
 			}
 			key := balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}
 			if h := t.Held; h != nil {

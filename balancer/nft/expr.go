@@ -239,6 +239,14 @@ func (b *ruleBuilder) ctMarkAny(bits uint32) {
 }
 
 // ctMarkInSet matches flows whose mark, as far as mask shows it, is in the set.
+// ctMarkTarget matches the flows of one target.
+func (b *ruleBuilder) ctMarkTarget(number uint16) {
+	b.loadCT(unix.NFT_CT_MARK, 0)
+	b.bitwise(0, native32(TargetMask), native32(0))
+	b.cmp(unix.NFT_CMP_EQ, 0, native32(markOf(number, 0)))
+	b.say("ct mark & 0x%08x == 0x%08x", TargetMask, markOf(number, 0))
+}
+
 func (b *ruleBuilder) ctMarkInSet(mask uint32, set string) {
 	b.loadCT(unix.NFT_CT_MARK, 0)
 	b.bitwise(0, native32(mask), native32(0))
@@ -589,6 +597,21 @@ func (b *ruleBuilder) dnat(f *family, to netip.AddrPort) {
 		a.u32(unix.NFTA_NAT_FLAGS, natProtoSpecified|natMapIPs)
 	})
 	b.say("dnat %s to %s", f.ip, to)
+}
+
+// dnatToItself leaves the destination as it is, for good: no other table's DNAT
+// comes after ours.
+func (b *ruleBuilder) dnatToItself(f *family) {
+	const addr = reg(4)
+	b.loadDest(f, addr)
+	b.expr("nat", func(a *attrs) {
+		a.u32(unix.NFTA_NAT_TYPE, unix.NFT_NAT_DNAT)
+		a.u32(unix.NFTA_NAT_FAMILY, uint32(f.nfproto))
+		a.u32(unix.NFTA_NAT_REG_ADDR_MIN, addr.number())
+		a.u32(unix.NFTA_NAT_REG_ADDR_MAX, addr.number())
+		a.u32(unix.NFTA_NAT_FLAGS, natMapIPs)
+	})
+	b.say("dnat %s to %s daddr", f.ip, f.ip)
 }
 
 // Flags the kernel adds to what a nat expression says (nf_nat.h). They are

@@ -117,10 +117,12 @@ func converge(t *testing.T, d *Dataplane, want *balancer.Desired) balancer.Plan 
 // nothing to do.
 func TestObserveAfterApply(t *testing.T) {
 	d := newDataplane(t)
-	want := &balancer.Desired{Table: everything()}
-	converge(t, d, want)
-	if p := planAfresh(t, want); !p.Empty() {
-		t.Fatalf("a second look wants to change %q", p.Lines())
+	for _, table := range []*balancer.Table{everything(), relaying()} {
+		want := &balancer.Desired{Table: table}
+		converge(t, d, want)
+		if p := planAfresh(t, want); !p.Empty() {
+			t.Fatalf("a second look wants to change %q", p.Lines())
+		}
 	}
 }
 

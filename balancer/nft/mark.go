@@ -17,8 +17,10 @@ const (
 	markHairpin uint32 = 1 << 31
 
 	markShift = 14
+	// relayed stands for the relay, which takes the flow and chooses itself.
+	relayed = 1<<16 - 1
 	// maxTargets is how many targets the mark can tell apart; 0 is nobody's.
-	maxTargets = 1<<16 - 1
+	maxTargets = relayed - 1
 )
 
 // A Mark is the part of a conntrack mark that is ours.
@@ -26,6 +28,9 @@ type Mark uint32
 
 // Target is the number of the flow's target in its table, 0 if it has none.
 func (m Mark) Target() uint16 { return uint16(uint32(m) & TargetMask >> markShift) }
+
+// Relayed reports that the flow ends at the relay, whatever its target is.
+func (m Mark) Relayed() bool { return m.Target() == relayed }
 
 // SNAT reports that the flow's source is the balancer.
 func (m Mark) SNAT() bool { return uint32(m)&markSNAT != 0 }

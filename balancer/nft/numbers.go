@@ -96,7 +96,7 @@ func (n *numbers) assign(keys []balancer.TargetKey) (*numbers, error) {
 func (n *numbers) free() uint16 {
 	for {
 		n.last++
-		if _, taken := n.byNum[n.last]; !taken && n.last != 0 {
+		if _, taken := n.byNum[n.last]; !taken && n.last != 0 && n.last != relayed {
 			return n.last
 		}
 	}

@@ -174,12 +174,13 @@ func unwantedRules() []Rule {
 }
 
 // guardRules decide what of a VIP's traffic the host itself may see: replies to
-// flows that began here, our own prompts to the ends of such flows, errors about
+// flows that began here, what the relay takes, our own prompts to the ends of such flows, errors about
 // flows it knows, echo requests and neighbour discovery (ICMPv6 types 133 to 137,
 // RFC 4861). Nothing else, even if a socket listens.
 func guardRules() []Rule {
 	return []Rule{
 		rule(func(b *ruleBuilder) { b.ctReply(); b.returns() }),
+		rule(func(b *ruleBuilder) { b.ctMarkTarget(relayed); b.returns() }),
 		rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.PromptMark); b.returns() }),
 		rule(func(b *ruleBuilder) { b.ctState(ctRelated, "related"); b.returns() }),
 		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMP); b.icmpTypes("icmp", 8, 8); b.returns() }),
@@ -584,17 +585,18 @@ func renderPool(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int)
 // listener may name the group all the same.
 func (r *renderedPool) renderFamily(f *family) {
 	p := &r.pool
-	var mine []int
-	for i := range p.Destinations {
-		if familyOf(p.Destinations[i].Address) == f {
-			mine = append(mine, i)
-		}
-	}
+	mine := p.Usable(f.bits)
 	group := &Chain{Name: poolChain(p.Name, f)}
 	r.chains = append(r.chains, group)
 	drop := rule(func(b *ruleBuilder) { b.dropAs(counterNoTarget) })
 	defer func() { group.Rules = append(group.Rules, drop) }()
-	if len(mine) == 0 {
+	if r.onlyRelays(mine) {
+		// Where those of one family are all out, the relay takes the other's.
+		if slices.ContainsFunc(p.Destinations, func(d balancer.Destination) bool {
+			return d.Weight > 0 && p.ClientIPOf(&d) == balancer.ProxyProtocolV2
+		}) {
+			group.Rules = append(group.Rules, toRelay(f))
+		}
 		return
 	}
 
@@ -624,6 +626,23 @@ func (r *renderedPool) renderFamily(f *family) {
 	for _, d := range mine {
 		r.renderTarget(f, d, second, elsewhere[d])
 	}
+}
+
+// onlyRelays reports that the kernel need not choose among the destinations.
+func (r *renderedPool) onlyRelays(mine []int) bool {
+	return !slices.ContainsFunc(mine, func(d int) bool {
+		return r.pool.ClientIPOf(&r.pool.Destinations[d]) != balancer.ProxyProtocolV2
+	})
+}
+
+// toRelay leaves the flow to the relay, whose socket is at the VIP, and which
+// draws by the same hash from the same targets.
+func toRelay(f *family) Rule {
+	return rule(func(b *ruleBuilder) {
+		b.family(f)
+		b.ctMarkSet(MarkMask, markOf(relayed, 0))
+		b.dnatToItself(f)
+	})
 }
 
 // choose writes the two maps that lead from a hash to a target's chain, slot to
@@ -682,9 +701,18 @@ func overlap(a, b []netip.Prefix) bool {
 // the target's own host, and to all others.
 func (r *renderedPool) renderTarget(f *family, at int, second string, elsewhere bool) {
 	p, d, num := &r.pool, &r.pool.Destinations[at], r.numbers[at]
+	mode := p.ClientIPOf(d)
 	c := &Chain{
 		Name:    targetChainName(num, p.Name),
 		Comment: targetChainComment(balancer.TargetKey{Group: p.Name, AddrPort: d.AddrPort()}),
+	}
+	if mode == balancer.ProxyProtocolV2 {
+		c.Rules = []Rule{toRelay(f)}
+		r.chains = append(r.chains, c)
+		if second != "" {
+			r.chains = append(r.chains, &Chain{Name: sendChainName(num, p.Name), Rules: c.Rules})
+		}
+		return
 	}
 	flows := &Object{Name: c.Name, Type: objectCounter}
 	r.chains = append(r.chains, c)
@@ -700,7 +728,7 @@ func (r *renderedPool) renderTarget(f *family, at int, second string, elsewhere 
 	c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
 		r.matchDomain(b, f, c.Name, d.Domain)
 		switch {
-		case p.ClientIP != balancer.Preserve, p.AvoidSelf && !elsewhere:
+		case mode != balancer.Preserve, p.AvoidSelf && !elsewhere:
 			b.counter(counterHairpinned)
 			send(b, markSNAT|markHairpin)
 		case p.AvoidSelf:
@@ -710,7 +738,7 @@ func (r *renderedPool) renderTarget(f *family, at int, second string, elsewhere 
 		}
 	}))
 	flags := uint32(0)
-	if p.ClientIP == balancer.SNAT {
+	if mode == balancer.SNAT {
 		flags = markSNAT
 	}
 	plain := rule(func(b *ruleBuilder) { send(b, flags) })

@@ -80,6 +80,35 @@ func TestRenderObserved(t *testing.T) {
 	}
 }
 
+// relaying is everything, with a pool that is relayed, one that is in part, and
+// one whose destinations are all of the other family.
+func relaying() *balancer.Table {
+	t := everything()
+	t.Pools[3].ClientIP = balancer.ProxyProtocolV2
+	t.Pools[0].Destinations = slices.Clone(t.Pools[0].Destinations)
+	t.Pools[0].Destinations[1].ClientIP = balancer.ProxyProtocolV2
+	t.Pools[4].ClientIP, t.Pools[4].Destinations = balancer.ProxyProtocolV2, t.Pools[4].Destinations[:1]
+	return t
+}
+
+// The chains that differ because some flows are relayed; the rest is as in
+// everything.nft.
+func TestRenderRelayed(t *testing.T) {
+	all, plain := renderAfresh(t, relaying()), renderAfresh(t, everything())
+	short := newRuleset()
+	for name, c := range all.Chains {
+		if old := plain.Chains[name]; old == nil || !old.holdsRules(c) {
+			short.addChain(c)
+		}
+	}
+	golden(t, "relayed.nft", short.String())
+	for _, name := range []string{"t3.preserve", "slots4.preserve.16384"} {
+		if all.Chains[name] != nil || all.Sets[name] != nil {
+			t.Errorf("%s is there, though the relay chooses", name)
+		}
+	}
+}
+
 // What changes when the operator's wish does: each a transaction in nft's words.
 func TestDiff(t *testing.T) {
 	edits := map[string]func(*balancer.Table){

@@ -12,6 +12,8 @@ import (
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/config"
+	"nlb/proxyproto/worker"
 )
 
 // standardStateDir is the default of state_dir in the file, which clear does
@@ -37,7 +39,7 @@ folder stays, and so does what others installed.`,
 			if err != nil {
 				return err
 			}
-			plans, err := clearKernel(cmd.Context(), stateDir)
+			plans, err := clearKernel(cmd.Context(), stateDir, socket)
 			// A daemon that goes on puts back what its list says, and no flow of a
 			// half-cleared kernel is known to have ended.
 			if alone && err == nil {
@@ -96,8 +98,8 @@ func stateLock(dir string) string { return filepath.Join(dir, "nlb.lock") }
 
 // clearKernel empties every Part, also when another one fails, and lists what
 // was done.
-func clearKernel(ctx context.Context, stateDir string) ([]balancer.PartPlan, error) {
-	k, err := openKernel(stateDir, zap.NewNop())
+func clearKernel(ctx context.Context, stateDir, socket string) ([]balancer.PartPlan, error) {
+	k, err := openKernel(stateDir, socket, config.LogSettings{}, zap.NewNop())
 	if err != nil {
 		return nil, err
 	}
@@ -109,6 +111,11 @@ func clearKernel(ctx context.Context, stateDir string) ([]balancer.PartPlan, err
 		errs = append(errs, balancer.Converge(ctx, []balancer.Part{p}, nil, func(p balancer.PartPlan) {
 			done = append(done, p)
 		}))
+	}
+	stopping, cancel := context.WithTimeout(ctx, stopTimeout)
+	defer cancel()
+	if err := worker.Stop(stopping, relaySocket(socket)); err != nil && !errors.Is(err, worker.ErrNotRunning) {
+		errs = append(errs, fmt.Errorf("stop the relay: %w", err))
 	}
 	return done, errors.Join(append(errs, k.close())...)
 }

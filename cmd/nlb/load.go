@@ -1,12 +1,10 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 
 	"github.com/spf13/pflag"
 
-	"nlb/balancer"
 	"nlb/config"
 )
 
@@ -22,15 +20,10 @@ func load(path string, flags *pflag.FlagSet) (*config.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	errs := balancer.Unsupported(cfg.Spec)
 	switch cfg.Dataplane {
 	case dataplaneNFTables, dataplaneAuto:
-	default:
-		errs = append(errs, fmt.Errorf("dataplane %s is %w; use %s or %s",
-			cfg.Dataplane, balancer.ErrUnsupported, dataplaneNFTables, dataplaneAuto))
+		return cfg, nil
 	}
-	if err := errors.Join(errs...); err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return cfg, nil
+	return nil, fmt.Errorf("%s: dataplane %s is not built into this version; use %s or %s",
+		path, cfg.Dataplane, dataplaneNFTables, dataplaneAuto)
 }

@@ -87,7 +87,7 @@ Exit codes: 0 fine, 1 failed, 2 usage error; plan: 0 nothing to change, 2 change
 	}
 	root.AddCommand(
 		newServe(), newValidate(), newPlan(), newReload(), newStatus(), newDrain(), newUndrain(),
-		newSchema(), newClear(), newVersion(),
+		newVerify(), newRelay(), newSchema(), newClear(), newVersion(),
 	)
 	return root
 }

@@ -11,6 +11,8 @@ import (
 	"nlb/balancer/nft"
 	"nlb/balancer/prompt"
 	"nlb/balancer/vip"
+	"nlb/config"
+	"nlb/proxyproto/worker"
 )
 
 // A kernel is what of the kernel we keep, and how we ask about the rest.
@@ -19,13 +21,18 @@ type kernel struct {
 	router balancer.Router
 	tally  tally
 	flows  flowTable
+	relay  *worker.Manager
 	close  func() error
 }
 
 // openKernel lists the Parts in the order in which they must change: a VIP
-// leaves its interface while the rules still guard it, forwarding is turned on
-// behind those rules, and a VIP is announced when all that serves it is there.
-func openKernel(stateDir string, log *zap.Logger) (*kernel, error) {
+// leaves its interface while the rules still guard it, the relay listens before
+// rules lead to it and until none does, forwarding is turned on behind those rules, and a VIP is announced when all that serves it is there.
+func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.Logger) (*kernel, error) {
+	relay, err := newRelayManager(socket, settings, log)
+	if err != nil {
+		return nil, err
+	}
 	dataplane, err := nft.New(log.Named("nft"), stateDir)
 	if err != nil {
 		return nil, err
@@ -41,12 +48,15 @@ func openKernel(stateDir string, log *zap.Logger) (*kernel, error) {
 	return &kernel{
 		parts: []balancer.Part{
 			vip.NewWithdrawer(log.Named("vip")),
+			relay.Opener(),
 			dataplane,
+			relay.Closer(),
 			host.NewSysctls(stateDir, log.Named("host")),
 			vip.NewAnnouncer(log.Named("vip")),
 		},
 		router: host.NewRouter(),
-		tally:  tally{dataplane, flows},
+		tally:  tally{dataplane, flows, relay},
+		relay:  relay,
 		flows:  flowTable{dataplane, flows, prompter},
 		close:  func() error { return errors.Join(prompter.Close(), dataplane.Close()) },
 	}, nil

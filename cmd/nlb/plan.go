@@ -43,7 +43,7 @@ Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
 			if err != nil {
 				return err
 			}
-			plans, drains, err := plan(cmd.Context(), cfg, control.NewClient(socket))
+			plans, seen, inForce, err := plan(cmd.Context(), cfg, socket)
 			if err != nil {
 				return err
 			}
@@ -52,7 +52,10 @@ Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
 			if out == jsonText {
 				remarks = cmd.ErrOrStderr()
 			}
-			if err := printOverrides(remarks, drains); err != nil {
+			if err := printOverrides(remarks, seen.Drains); err != nil {
+				return err
+			}
+			if err := printHeaderChanges(remarks, inForce, cfg.Spec); err != nil {
 				return err
 			}
 			if err := printPlans(cmd.OutOrStdout(), out, plans); err != nil {
@@ -70,28 +73,28 @@ Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
 	return cmd
 }
 
-// plan lists the Parts that would change something, and the drains that it took
-// into account.
-func plan(ctx context.Context, cfg *config.Config, client *control.Client) (changes []balancer.PartPlan, drains balancer.Drains, err error) {
-	k, err := openKernel(cfg.StateDir, zap.NewNop())
+// plan lists the Parts that would change something, what was taken into account,
+// and the Spec that is in force, if one is, as far as it is known.
+func plan(ctx context.Context, cfg *config.Config, socket string) (changes []balancer.PartPlan, seen balancer.View, inForce *balancer.Spec, err error) {
+	k, err := openKernel(cfg.StateDir, socket, cfg.Log, zap.NewNop())
 	if err != nil {
-		return nil, nil, err
+		return nil, seen, nil, err
 	}
 	defer func() { err = errors.Join(err, k.close()) }()
-	seen, err := look(ctx, cfg, client, k.router)
+	seen, inForce, err = look(ctx, cfg, control.NewClient(socket), k.router)
 	if err != nil {
-		return nil, nil, err
+		return nil, seen, nil, err
 	}
 	plans, err := balancer.PlanAll(ctx, k.parts, balancer.Forward(cfg.Spec, seen))
 	if err != nil {
-		return nil, nil, err
+		return nil, seen, nil, err
 	}
 	for _, p := range plans {
 		if !p.Plan.Empty() {
 			changes = append(changes, p)
 		}
 	}
-	return changes, seen.Drains, nil
+	return changes, seen, inForce, nil
 }
 
 // printOverrides says where the plan differs from the file, because a target was
@@ -115,11 +118,7 @@ func printOverrides(w io.Writer, drains balancer.Drains) error {
 }
 
 // look sees what the daemon would see.
-func look(ctx context.Context, cfg *config.Config, client *control.Client, router balancer.Router) (balancer.View, error) {
-	var (
-		seen    balancer.View
-		inForce *balancer.Spec
-	)
+func look(ctx context.Context, cfg *config.Config, client *control.Client, router balancer.Router) (seen balancer.View, inForce *balancer.Spec, err error) {
 	status, err := client.Status(ctx)
 	switch {
 	case err == nil:
@@ -128,12 +127,12 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 		seen.Health, seen.Holds = recallHealth(cfg.StateDir, zap.NewNop())
 		inForce = recallRegistered(cfg.StateDir, zap.NewNop())
 	default:
-		return seen, err
+		return seen, inForce, err
 	}
 	seen.Now = time.Now()
 	drains, err := balancer.LoadDrains(cfg.StateDir)
 	if err != nil {
-		return seen, err
+		return seen, inForce, err
 	}
 	seen.Drains = drains.Follow(inForce, cfg.Spec, seen.Now)
 	seen.Key, err = balancer.LoadKey(cfg.StateDir)
@@ -141,7 +140,7 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 		seen.Key, err = balancer.NewKey(), nil // as serve would draw one
 	}
 	if err != nil {
-		return seen, err
+		return seen, inForce, err
 	}
 	var targets []netip.Addr
 	for _, g := range cfg.Spec.TargetGroups {
@@ -155,7 +154,7 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 		}
 	}
 	seen.Routes, err = router.Routes(ctx, targets, cfg.Spec.HasVIP)
-	return seen, err
+	return seen, inForce, err
 }
 
 // A change is one Part's share of a printed plan.

@@ -65,7 +65,7 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	if err != nil {
 		return err
 	}
-	k, err := openKernel(cfg.StateDir, log)
+	k, err := openKernel(cfg.StateDir, socket, cfg.Log, log)
 	if err != nil {
 		return err
 	}
@@ -112,9 +112,10 @@ func (d *daemon) run(ctx context.Context, door *control.Socket) error {
 		}
 		return nil
 	})
+	g.Go(func() error { return d.kernel.relay.Run(ctx) })
 	g.Go(func() error { return d.kernel.tally.flows.Run(ctx) })
 	g.Go(func() error { return balancer.NewSweeper(d.reconciler, d.kernel.flows, d.log).Run(ctx) })
-	g.Go(func() error { return balancer.NewObserver(d.reconciler, d.kernel.tally.dataplane, d.log).Run(ctx) })
+	g.Go(func() error { return balancer.NewObserver(d.reconciler, d.kernel.tally, d.log).Run(ctx) })
 	g.Go(func() error { return rememberHealth(ctx, d.settings.StateDir, d.reconciler.Snapshot, d.log) })
 	g.Go(func() error { return supervise(ctx, d.reconciler, d.log) })
 	g.Go(func() error { return d.reloadOn(ctx, hangups) })

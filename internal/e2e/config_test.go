@@ -55,6 +55,7 @@ type group struct {
 	FailOpen      map[string]any `yaml:"fail_open,omitempty"`
 	HealthCheck   map[string]any `yaml:"health_check"`
 	Passive       map[string]any `yaml:"passive_health_check,omitempty"`
+	Header        map[string]any `yaml:"proxy_protocol,omitempty"`
 	Targets       []target       `yaml:"targets"`
 }
 
@@ -62,6 +63,7 @@ type target struct {
 	Address   netip.Addr `yaml:"address"`
 	Port      uint16     `yaml:"port,omitempty"`
 	Weight    *int       `yaml:"weight,omitempty"`
+	ClientIP  string     `yaml:"client_ip,omitempty"`
 	Colocated []string   `yaml:"colocated,omitempty"`
 }
 

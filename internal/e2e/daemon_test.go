@@ -18,6 +18,7 @@ import (
 	"nlb/balancer"
 	"nlb/balancer/control"
 	"nlb/bench/lab"
+	"nlb/proxyproto/worker"
 )
 
 // limit bounds every wait of the tests. Nothing they wait for takes that long.
@@ -139,7 +140,7 @@ func start(t *testing.T, top *lab.Topology, config string) *daemon {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	d := &daemon{
-		t: t, node: top.LB, dir: dir, log: &logBuffer{},
+		t: t, node: top.LB, dir: dir, log: &logBuffer{file: filepath.Join(dir, "log")},
 		config: filepath.Join(dir, "nlb.yaml"), socket: filepath.Join(dir, "nlb.sock"),
 	}
 	d.client = control.NewClient(d.socket)
@@ -177,7 +178,9 @@ func (d *daemon) start() {
 func (d *daemon) launch() {
 	d.t.Helper()
 	d.cmd = d.command("serve", "-c", d.config, "--state-dir", filepath.Join(d.dir, "state"), "--log-level", "debug")
-	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
+	out := d.log.open(d.t)
+	defer out.Close()
+	d.cmd.Stdout, d.cmd.Stderr = out, out
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)
 	}
@@ -285,10 +288,23 @@ func (d *daemon) end() {
 	if d.cmd != nil {
 		d.stop()
 	}
+	d.endRelay()
 	if log := d.log.String(); strings.Contains(log, "DATA RACE") {
 		d.t.Errorf("the race detector found a race:\n%s", log)
 	}
 }
+
+// endRelay ends the relays that the daemon's processes left behind, as they should.
+func (d *daemon) endRelay() {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	if err := worker.Stop(ctx, d.relaySocket()); err != nil {
+		d.t.Errorf("end the relay: %v", err)
+	}
+}
+
+// relaySocket is where the relay is told what to do.
+func (d *daemon) relaySocket() string { return strings.TrimSuffix(d.socket, ".sock") + "-relay.sock" }
 
 // dump is the state that a failure is to be understood from.
 func (d *daemon) dump() string {
@@ -426,8 +442,22 @@ func (d *daemon) waitAllHealthy() {
 
 // A logBuffer collects what a process prints.
 type logBuffer struct {
+	// file has the rest of it, if there is a name: a process that outlives the one
+	// that started it must not hold a pipe to us, for whose end Wait waits.
+	file string
+
 	mu   sync.Mutex
 	text bytes.Buffer // guarded by mu
+}
+
+// open opens the file for a process to append to.
+func (l *logBuffer) open(t *testing.T) *os.File {
+	t.Helper()
+	f, err := os.OpenFile(l.file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
 }
 
 func (l *logBuffer) Write(p []byte) (int, error) {
@@ -439,7 +469,10 @@ func (l *logBuffer) Write(p []byte) (int, error) {
 func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.text.String()
+	if l.file == "" {
+		return l.text.String()
+	}
+	return l.text.String() + read(l.file)
 }
 
 // made closes a new topology with the test.

@@ -1,0 +1,353 @@
+package relay
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"nlb/balancer"
+	"nlb/balancer/maglev"
+)
+
+// A plan is a balancer.Table as the loops use it. It is never changed once it
+// is made; only the tallies of its targets are, each by its own loop.
+type plan struct {
+	key      balancer.HashKey
+	base     int
+	services map[netip.AddrPort]*service
+	pools    map[string]*pool
+	targets  map[balancer.TargetKey]*target
+	// terminated has the targets whose connections are to be reset.
+	terminated map[*target]bool
+	// sources are the addresses to dial from, by family.
+	sources [2][]netip.Addr
+}
+
+// A service is a virtual service of the table.
+type service struct {
+	vip      netip.AddrPort
+	idle     time.Duration
+	allow    []netip.Prefix // sorted, none within another
+	allowAll bool
+	sticky   bool
+	shares   []share
+	total    uint32 // of the weights
+	seed     uint32
+}
+
+// A share is a pool's part of the group hashes: those below end that are no
+// earlier share's.
+type share struct {
+	end  uint32
+	pool *pool
+}
+
+// A pool is a target group. Its destinations are looked up by family, as the
+// kernel's maps are.
+type pool struct {
+	name     string
+	relayed  bool // some destination is
+	sticky   bool
+	seed     uint32
+	header   balancer.ProxyProtocol
+	families [2]*family
+	// manners are by loop, and outlive plans.
+	manners []manners
+}
+
+// Manners say who speaks first on a pool's connections, the client or the
+// target. The zero value expects it of the client.
+type manners struct {
+	// serverFirst is how many connections in a row would have to begin with the
+	// client to forget that one began with the target.
+	serverFirst uint8
+}
+
+// remember is how long one connection is remembered on which the target spoke
+// first.
+const remember = 100
+
+func (m *manners) heard(server bool) {
+	switch {
+	case server:
+		m.serverFirst = remember
+	case m.serverFirst > 0:
+		m.serverFirst--
+	}
+}
+
+// A family has the destinations of a pool that share an address family.
+type family struct {
+	entries      []maglev.Entry
+	destinations []destination
+	slots        []int32 // nil when no destination takes new connections
+	usable       int     // relayed destinations with a weight
+}
+
+// A destination is a target with what dialing needs.
+type destination struct {
+	target *target
+	weight int
+	// relayed is false for one that the kernel sends its share to, in a pool
+	// that is relayed in part.
+	relayed bool
+	source netip.Addr // to dial from when the plan has no sources of the family
+}
+
+// A target outlives plans, so that its counters do.
+type target struct {
+	key     balancer.TargetKey
+	tallies []tally // by loop
+}
+
+// A tally is what one loop counted for a target. It fills a cache line: loops
+// would slow each other down otherwise.
+type tally struct {
+	active, dialed, bytes, failed, answered uint64
+	_                                       [24]byte
+}
+
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1
+}
+
+// compile makes a plan of a table for so many loops. What old has in common with
+// it is kept: the targets with their counters, and slots that nothing changed.
+func compile(t *balancer.Table, old *plan, loops int) (*plan, error) {
+	p := &plan{
+		key: t.Key, base: maglev.BaseFor(len(t.Pools)),
+		services: make(map[netip.AddrPort]*service, len(t.Services)),
+		pools:    make(map[string]*pool, len(t.Pools)),
+		targets:  make(map[balancer.TargetKey]*target),
+
+		terminated: make(map[*target]bool),
+	}
+	for _, a := range t.Sources {
+		p.sources[familyOf(a)] = append(p.sources[familyOf(a)], a)
+	}
+	for i := range t.Pools {
+		p.addPool(&t.Pools[i], old, loops)
+	}
+	for i := range t.Services {
+		s := &t.Services[i]
+		if !slices.Contains(s.Protocols, balancer.ProtoTCP) {
+			return nil, fmt.Errorf("service %q: only TCP can be relayed", s.Name)
+		}
+		if err := p.addService(s); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+func (p *plan) addService(vs *balancer.VirtualService) error {
+	s := &service{
+		vip: netip.AddrPortFrom(vs.Address, vs.Port), idle: vs.IdleTimeout, sticky: vs.Sticky,
+		allow: widest(vs.Allow), seed: maglev.Seed(p.key, "group"),
+	}
+	if p.services[s.vip] != nil {
+		return fmt.Errorf("service %q: another one is at %s too", vs.Name, s.vip)
+	}
+	s.allowAll = len(s.allow) > 0 && s.allow[0].Bits() == 0
+	for _, w := range vs.Pools {
+		if w.Weight == 0 {
+			continue
+		}
+		in := p.pools[w.Pool]
+		if in == nil {
+			return fmt.Errorf("service %q: there is no pool %q", vs.Name, w.Pool)
+		}
+		s.total += uint32(w.Weight)
+		s.shares = append(s.shares, share{end: s.total, pool: in})
+	}
+	p.services[s.vip] = s
+	return nil
+}
+
+// widest sorts prefixes and leaves out those that lie within another.
+func widest(prefixes []netip.Prefix) (out []netip.Prefix) {
+	for _, p := range slices.SortedFunc(slices.Values(prefixes), netip.Prefix.Compare) {
+		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
+}
+
+func (p *plan) addPool(bp *balancer.Pool, old *plan, loops int) {
+	in := &pool{
+		name: bp.Name, relayed: bp.Relays(), sticky: bp.Sticky,
+		seed: maglev.Seed(p.key, "target"), header: bp.ProxyProtocol,
+	}
+	in.families = [2]*family{{}, {}}
+	in.manners = old.manners(bp.Name, loops)
+	for i := range bp.Destinations {
+		d := &bp.Destinations[i]
+		key := balancer.TargetKey{Group: bp.Name, AddrPort: d.AddrPort()}
+		to := old.target(key, loops)
+		p.targets[key] = to
+		if d.Terminate {
+			p.terminated[to] = true
+		}
+		f := in.families[familyOf(d.Address)]
+		f.entries = append(f.entries, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Weight})
+		relayed := bp.ClientIPOf(d) == balancer.ProxyProtocolV2
+		f.destinations = append(f.destinations, destination{target: to, weight: d.Weight, relayed: relayed, source: d.Source})
+		if d.Weight > 0 && relayed {
+			f.usable++
+		}
+	}
+	if in.relayed {
+		for i, f := range in.families {
+			f.slots = p.slots(f, old.family(bp.Name, i), old)
+		}
+	}
+	p.pools[bp.Name] = in
+}
+
+// slots deals a family's slots, or takes them from the plan before when they
+// would be the same: a table of thousands is not dealt anew because one target
+// failed.
+func (p *plan) slots(f, before *family, old *plan) []int32 {
+	if f.usable == 0 {
+		return nil
+	}
+	if before != nil && before.slots != nil && old.key == p.key && old.base == p.base && slices.Equal(f.entries, before.entries) {
+		return before.slots
+	}
+	return maglev.Build(p.key, p.base, maglev.Size(p.base, len(f.entries)), f.entries)
+}
+
+// target returns the target of that key, a new one if the plan has none.
+func (p *plan) target(key balancer.TargetKey, loops int) *target {
+	if p != nil {
+		if t := p.targets[key]; t != nil {
+			return t
+		}
+	}
+	return &target{key: key, tallies: make([]tally, loops)}
+}
+
+// manners are those of a pool that the plan has, or new ones.
+func (p *plan) manners(pool string, loops int) []manners {
+	if p != nil && p.pools[pool] != nil {
+		return p.pools[pool].manners
+	}
+	return make([]manners, loops)
+}
+
+// ends reports whether the connections of a target are to be reset: it is being
+// terminated, or is not in the table any more.
+func (p *plan) ends(t *target) bool { return p.terminated[t] || p.targets[t.key] != t }
+
+func (p *plan) family(pool string, i int) *family {
+	if p == nil || p.pools[pool] == nil {
+		return nil
+	}
+	return p.pools[pool].families[i]
+}
+
+// allows reports whether the service takes connections of the client.
+func (s *service) allows(client netip.Addr) bool {
+	if s.allowAll {
+		return true
+	}
+	i, exact := slices.BinarySearchFunc(s.allow, client, func(p netip.Prefix, a netip.Addr) int { return p.Addr().Compare(a) })
+	return exact || i > 0 && s.allow[i-1].Contains(client)
+}
+
+// choose returns the pool of a new connection and the hash that chooses among
+// its destinations. There is no pool when the service has none, or none that is
+// relayed.
+//
+// Hashes, their keys, their seeds and their scaling are those of the kernel
+// modes: a listener may change between them and keep the targets of its clients.
+func (s *service) choose(client netip.AddrPort) (*pool, uint32) {
+	var in *pool
+	switch len(s.shares) {
+	case 0:
+		return nil, 0
+	case 1:
+		in = s.shares[0].pool
+	default:
+		in = s.share(maglev.Slot(s.hash(client, s.sticky, s.seed), int(s.total)))
+	}
+	if !in.relayed {
+		return nil, 0
+	}
+	return in, s.hash(client, in.sticky, in.seed)
+}
+
+func (s *service) share(at int) *pool {
+	for _, sh := range s.shares {
+		if uint32(at) < sh.end {
+			return sh.pool
+		}
+	}
+	panic("relay: a group hash is beyond all shares")
+}
+
+// hash is nft's jhash of saddr . daddr . sport . dport . l4proto, or of saddr
+// alone. Each field begins a register of 4 bytes and is padded with zeros.
+func (s *service) hash(client netip.AddrPort, sticky bool, seed uint32) uint32 {
+	const register = 4
+	var buf [2*16 + 3*register]byte
+	key := appendAddr(buf[:0], client.Addr())
+	if !sticky {
+		key = appendAddr(key, s.vip.Addr())
+		key = append(key, byte(client.Port()>>8), byte(client.Port()), 0, 0)
+		key = append(key, byte(s.vip.Port()>>8), byte(s.vip.Port()), 0, 0)
+		key = append(key, balancer.ProtoTCP, 0, 0, 0)
+	}
+	return maglev.JHash(key, seed)
+}
+
+func appendAddr(b []byte, a netip.Addr) []byte {
+	if a.Is4() {
+		four := a.As4()
+		return append(b, four[:]...)
+	}
+	sixteen := a.As16()
+	return append(b, sixteen[:]...)
+}
+
+// family returns the destinations for clients of a VIP: its own family's, or
+// the other one's if none of those takes new connections.
+func (p *pool) family(vip netip.Addr) *family {
+	own := familyOf(vip)
+	if f := p.families[own]; f.usable > 0 {
+		return f
+	}
+	return p.families[1-own]
+}
+
+// next returns the destination of a hash that was not tried yet, looking from
+// the hash's own slot on; nil when there is none.
+func (f *family) next(hash uint32, tried []*target) *destination {
+	if f.usable <= len(tried) && !f.any(tried) || f.usable == 0 {
+		return nil
+	}
+	at := maglev.Slot(hash, len(f.slots))
+	for range f.slots {
+		d := &f.destinations[f.slots[at]]
+		if d.relayed && !slices.Contains(tried, d.target) {
+			return d
+		}
+		if at++; at == len(f.slots) {
+			at = 0
+		}
+	}
+	return nil
+}
+
+// any reports whether a destination that takes new connections was not tried.
+// It spares a walk through all slots that would be in vain.
+func (f *family) any(tried []*target) bool {
+	return slices.ContainsFunc(f.destinations, func(d destination) bool {
+		return d.weight > 0 && d.relayed && !slices.Contains(tried, d.target)
+	})
+}

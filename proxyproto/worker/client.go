@@ -1,0 +1,153 @@
+package worker
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNotRunning is wrapped when there is no worker at the socket.
+var ErrNotRunning = errors.New("no relay worker is running")
+
+// answerWithin bounds the wait for an answer. A worker resets the connections of
+// a target that is gone before it answers.
+const answerWithin = 10 * time.Second
+
+// dial connects to the worker at a socket.
+func dial(ctx context.Context, socket string) (link, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", socket)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
+		return link{}, fmt.Errorf("%s: %w", socket, ErrNotRunning)
+	}
+	if err != nil {
+		return link{}, err
+	}
+	return link{c.(*net.UnixConn)}, nil
+}
+
+// request asks and returns the answer. The end of ctx interrupts it and leaves
+// the link useless.
+func (l link) request(ctx context.Context, f frame, files sockets) (message, error) {
+	stop := context.AfterFunc(ctx, l.close)
+	defer stop()
+	err := l.send(f, files, nil)
+	var m message
+	if err == nil {
+		m, err = l.receive(answerWithin)
+	}
+	switch {
+	case ctx.Err() != nil:
+		m.close()
+		return message{}, fmt.Errorf("%s: %w", f.Op, ctx.Err())
+	case errors.Is(err, io.EOF), errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET):
+		return message{}, fmt.Errorf("%s: the relay worker hung up: %w", f.Op, ErrNotRunning)
+	case err != nil:
+		return message{}, fmt.Errorf("%s: relay worker: %w", f.Op, err)
+	case m.Leaving:
+		m.close()
+		return message{}, fmt.Errorf("%s: %s: %w", f.Op, m.Error, ErrNotRunning)
+	case m.Error != "":
+		m.close()
+		return message{}, fmt.Errorf("%s: relay worker: %s", f.Op, m.Error)
+	}
+	return m, nil
+}
+
+// ask connects, asks one thing and hangs up.
+func ask(ctx context.Context, socket string, f frame, files sockets) (message, error) {
+	l, err := dial(ctx, socket)
+	if err != nil {
+		return message{}, err
+	}
+	defer l.close()
+	return l.request(ctx, f, files)
+}
+
+// hello asks who is there.
+func (l link) hello(ctx context.Context, op string) (Hello, error) {
+	m, err := l.request(ctx, frame{Op: op}, nil)
+	if err != nil {
+		return Hello{}, err
+	}
+	m.close()
+	if m.Hello == nil {
+		return Hello{}, fmt.Errorf("%s: the relay worker did not say who it is", op)
+	}
+	return *m.Hello, nil
+}
+
+func sayHello(ctx context.Context, socket string) (Hello, error) {
+	l, err := dial(ctx, socket)
+	if err != nil {
+		return Hello{}, err
+	}
+	defer l.close()
+	return l.hello(ctx, opHello)
+}
+
+// hash names a table.
+func hash(table []byte) string {
+	sum := sha256.Sum256(table)
+	return hex.EncodeToString(sum[:])
+}
+
+// credentials says who is at the other end: who connected, or who listened.
+func (l link) credentials() (*unix.Ucred, error) {
+	raw, err := l.conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var (
+		peer   *unix.Ucred
+		failed error
+	)
+	err = raw.Control(func(fd uintptr) { peer, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	return peer, errors.Join(err, failed)
+}
+
+// A process is one that can be waited for, though it is no child.
+type process struct{ pidfd *os.File }
+
+// process returns the one at the other end.
+func (l link) process() (process, error) {
+	peer, err := l.credentials()
+	if err != nil {
+		return process{}, err
+	}
+	fd, err := unix.PidfdOpen(int(peer.Pid), unix.PIDFD_NONBLOCK)
+	if errors.Is(err, unix.ESRCH) {
+		return process{}, ErrNotRunning
+	}
+	if err != nil {
+		return process{}, fmt.Errorf("pidfd_open %d: %w", peer.Pid, err)
+	}
+	return process{os.NewFile(uintptr(fd), "pidfd")}, nil
+}
+
+func (p process) close() { _ = p.pidfd.Close() }
+
+// wait returns when the process has ended: its pidfd is readable then.
+func (p process) wait(ctx context.Context) error {
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := p.pidfd.SetReadDeadline(deadline); err != nil {
+			return err
+		}
+	}
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Read(func(fd uintptr) bool {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		return err == nil && n > 0
+	})
+}

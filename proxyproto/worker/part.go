@@ -1,0 +1,146 @@
+package worker
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+
+	"nlb/balancer"
+)
+
+var (
+	_ balancer.Part = (*Opener)(nil)
+	_ balancer.Part = (*Closer)(nil)
+	_ balancer.Plan = Plan{}
+)
+
+// A Plan is a change of what the relay serves.
+type Plan struct {
+	table *balancer.Table // nil: nothing is to be changed
+	lines []string
+}
+
+// Empty reports that there is nothing to change.
+func (p Plan) Empty() bool { return p.table == nil }
+
+// Lines says in plain words what changes.
+func (p Plan) Lines() []string { return p.lines }
+
+// An Opener makes the relay serve what is wanted and is not served, or served
+// differently. It belongs before the dataplane, which sends clients to sockets
+// that must be there; what the dataplane still sends to is kept.
+type Opener struct{ m *Manager }
+
+// Opener returns the Part that belongs before the dataplane.
+func (m *Manager) Opener() *Opener { return &Opener{m} }
+
+// Name implements balancer.Part.
+func (*Opener) Name() string { return "relay" }
+
+// Plan implements balancer.Part. It finds addresses that somebody else listens
+// on. A relay that serves nothing and is to serve nothing need not run.
+func (o *Opener) Plan(ctx context.Context, want *balancer.Desired) (balancer.Plan, error) {
+	have, final, err := o.m.compare(ctx, want)
+	if err != nil {
+		return nil, err
+	}
+	to := staged(have.table, final)
+	if err := o.m.rehearse(have.table, to); err != nil {
+		return nil, err
+	}
+	return plan(have.table, to)
+}
+
+// Apply implements balancer.Part. It starts the relay if need be. After an error
+// the relay serves what it served before.
+func (o *Opener) Apply(ctx context.Context, p balancer.Plan) error { return o.m.apply(ctx, p) }
+
+// A Closer ends what is not wanted any more. It belongs after the dataplane,
+// which sends nobody there any more.
+type Closer struct{ m *Manager }
+
+// Closer returns the Part that belongs after the dataplane.
+func (m *Manager) Closer() *Closer { return &Closer{m} }
+
+// Name implements balancer.Part.
+func (*Closer) Name() string { return "relay clean-up" }
+
+// Plan implements balancer.Part.
+func (c *Closer) Plan(ctx context.Context, want *balancer.Desired) (balancer.Plan, error) {
+	have, final, err := c.m.compare(ctx, want)
+	if err != nil {
+		return nil, err
+	}
+	return plan(staged(have.table, final), final)
+}
+
+// Apply implements balancer.Part.
+func (c *Closer) Apply(ctx context.Context, p balancer.Plan) error { return c.m.apply(ctx, p) }
+
+// compare returns what the relay serves and what it should serve in the end.
+func (m *Manager) compare(ctx context.Context, want *balancer.Desired) (have served, final *balancer.Table, err error) {
+	have, err = m.observe(ctx)
+	if err != nil {
+		return have, nil, err
+	}
+	all := new(balancer.Table)
+	if want != nil && want.Table != nil {
+		all = want.Table
+	}
+	final = relayed(all, have.table)
+	if !have.running && len(final.Services) == 0 {
+		// Without a relay there are no connections to look after.
+		final = new(balancer.Table)
+	}
+	return have, final, nil
+}
+
+// plan compares the tables as they are written: no slice and an empty one mean
+// the same to us, but not to everybody.
+func plan(from, to *balancer.Table) (balancer.Plan, error) {
+	if reflect.DeepEqual(from, to) {
+		return Plan{}, nil // as nearly always, and fast
+	}
+	was, err := encodeTable(from)
+	if err != nil {
+		return nil, err
+	}
+	is, err := encodeTable(to)
+	if err != nil {
+		return nil, err
+	}
+	if bytes.Equal(was, is) {
+		return Plan{}, nil
+	}
+	return Plan{table: to, lines: changes(from, to)}, nil
+}
+
+// rehearse finds out whether the services that are new could listen.
+func (m *Manager) rehearse(have, to *balancer.Table) error {
+	listening := addresses(have)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var errs []error
+	for i := range to.Services {
+		a := addressOf(&to.Services[i])
+		if _, ours := m.sockets[a]; !ours && !listening[a] {
+			errs = append(errs, bindable(a))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Manager) apply(ctx context.Context, p balancer.Plan) error {
+	plan, ok := p.(Plan)
+	if !ok {
+		return fmt.Errorf("a %T is no plan of a relay", p)
+	}
+	if plan.Empty() {
+		return nil
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.give(ctx, plan.table)
+}
