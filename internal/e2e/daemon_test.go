@@ -35,6 +35,8 @@ var raced = map[string]bool{
 	"TestFailOpenIsSaid":       true,
 	"TestManyChangesUnderLoad": true,
 	"TestModes":                true,
+	"TestRelayComesAndGoes":    true,
+	"TestRelaySurvives":        true,
 	"TestReloadsUnderLoad":     true,
 	"TestStopAtAnyMoment":      true,
 }

@@ -15,7 +15,9 @@ const (
 	open
 )
 
-func (s state) String() string { return [...]string{"closed", "dialing", "listening", "greeting", "open"}[s] }
+func (s state) String() string {
+	return [...]string{"closed", "dialing", "listening", "greeting", "open"}[s]
+}
 
 // A course is where one direction of a connection stands.
 type course uint8

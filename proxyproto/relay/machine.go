@@ -41,16 +41,16 @@ type machine struct {
 	// left is called when a connection was closed, or refused at once.
 	left func()
 
-	conns  []*conn // by index
-	free   []*conn
-	dead   []*conn // closed in this turn: an old event, or the queue, may name them
-	queue  []*conn
-	wheel  wheel
+	conns []*conn // by index
+	free  []*conn
+	dead  []*conn // closed in this turn: an old event, or the queue, may name them
+	queue []*conn
+	wheel wheel
 	// patient has the connections that began to listen, the first one first.
 	patient []listener
-	rotate uint // through the sources
-	random *rand.ChaCha8
-	counts counts
+	rotate  uint // through the sources
+	random  *rand.ChaCha8
+	counts  counts
 
 	buffers buffers
 	pipes   pipes
@@ -710,16 +710,17 @@ func (m *machine) adoptConns(from, to int) bool {
 		}
 		in := m.plan.pools[c.pool.name]
 		switch {
-		case !m.plan.ends(c.to()):
-		case c.state == dialing && in != nil:
+		case c.state == dialing && in != nil && !m.plan.takes(c.to()):
 			// Nothing was promised yet: on to the next one, in its turn.
 			c.target.failed = true
 			m.enqueue(c)
-		default:
+		case m.plan.ends(c.to()):
 			m.reset(c)
 			continue
 		}
-		c.pool = in
+		if in != nil {
+			c.pool = in
+		}
 		if s := m.plan.services[c.service.vip]; s != nil {
 			c.service = s
 		}

@@ -19,7 +19,9 @@ type plan struct {
 	pools    map[string]*pool
 	targets  map[balancer.TargetKey]*target
 	// terminated has the targets whose connections are to be reset.
-	terminated map[*target]bool
+	terminated map[balancer.TargetKey]bool
+	// kept has those targets that are not in the table, and have connections.
+	kept map[balancer.TargetKey]bool
 	// sources are the addresses to dial from, by family.
 	sources [2][]netip.Addr
 }
@@ -92,7 +94,7 @@ type destination struct {
 	// relayed is false for one that the kernel sends its share to, in a pool
 	// that is relayed in part.
 	relayed bool
-	source netip.Addr // to dial from when the plan has no sources of the family
+	source  netip.Addr // to dial from when the plan has no sources of the family
 }
 
 // A target outlives plans, so that its counters do.
@@ -124,7 +126,8 @@ func compile(t *balancer.Table, old *plan, loops int) (*plan, error) {
 		pools:    make(map[string]*pool, len(t.Pools)),
 		targets:  make(map[balancer.TargetKey]*target),
 
-		terminated: make(map[*target]bool),
+		terminated: make(map[balancer.TargetKey]bool),
+		kept:       make(map[balancer.TargetKey]bool),
 	}
 	for _, a := range t.Sources {
 		p.sources[familyOf(a)] = append(p.sources[familyOf(a)], a)
@@ -191,7 +194,7 @@ func (p *plan) addPool(bp *balancer.Pool, old *plan, loops int) {
 		to := old.target(key, loops)
 		p.targets[key] = to
 		if d.Terminate {
-			p.terminated[to] = true
+			p.terminated[key] = true
 		}
 		f := in.families[familyOf(d.Address)]
 		f.entries = append(f.entries, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Weight})
@@ -241,8 +244,15 @@ func (p *plan) manners(pool string, loops int) []manners {
 }
 
 // ends reports whether the connections of a target are to be reset: it is being
-// terminated, or is not in the table any more.
-func (p *plan) ends(t *target) bool { return p.terminated[t] || p.targets[t.key] != t }
+// terminated. Those of a target that is not in the table any more go on, as flows
+// of the kernel modes do.
+func (p *plan) ends(t *target) bool { return p.terminated[t.key] }
+
+// takes reports whether a target may get connections that were not promised to
+// it yet.
+func (p *plan) takes(t *target) bool {
+	return p.targets[t.key] == t && !p.kept[t.key] && !p.terminated[t.key]
+}
 
 func (p *plan) family(pool string, i int) *family {
 	if p == nil || p.pools[pool] == nil {

@@ -159,8 +159,28 @@ func (r *Relay) Configure(t *balancer.Table, listeners map[netip.AddrPort]*os.Fi
 		r.closeDoors(added)
 		return fmt.Errorf("relay: %w", err)
 	}
+	r.keepBusy(p)
 	r.install(p, doors)
 	return nil
+}
+
+// keepBusy leaves targets in the plan that are not in its table and have
+// connections: they count, and are found again if the target comes back.
+func (r *Relay) keepBusy(p *plan) {
+	for key, t := range r.plan.targets {
+		if p.targets[key] == nil && r.active(t) > 0 {
+			p.targets[key], p.kept[key] = t, true
+		}
+	}
+}
+
+func (r *Relay) active(t *target) (n uint64) {
+	for i, l := range r.loops {
+		l.mu.Lock()
+		n += t.tallies[i].active
+		l.mu.Unlock()
+	}
+	return n
 }
 
 // install hands a plan and its doors to all loops.

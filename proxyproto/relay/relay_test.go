@@ -277,11 +277,21 @@ func TestTerminate(t *testing.T) {
 	}
 	for name, conns := range at {
 		for _, c := range conns {
-			if name == stays.String() {
+			if name != goes.String() {
 				roundTrip(t, c, "still here")
 			} else if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("client of %s: %v", name, err)
 			}
+		}
+	}
+	// One that left the table, and comes back, has the connections that it had.
+	for _, table := range [][]balancer.Destination{to[:2], to} {
+		if err := r.Configure(tableOf(table, vip4), nil); err != nil {
+			t.Fatal(err)
+		}
+		key := balancer.TargetKey{Group: "web", AddrPort: leaves}
+		if got, want := r.Stats().Targets[key].Active, uint64(len(at[leaves.String()])); got != want {
+			t.Errorf("%d connections of the target that left, want %d", got, want)
 		}
 	}
 	for _, f := range flows {

@@ -133,7 +133,7 @@ func changes(from, to *balancer.Table) []string {
 			say("%s %s add with weight %d", k.Group, k.AddrPort, d.Weight)
 		},
 		func(k balancer.TargetKey, _ *balancer.Destination) {
-			say("%s %s remove, and reset its connections", k.Group, k.AddrPort)
+			say("%s %s remove", k.Group, k.AddrPort)
 		},
 		func(k balancer.TargetKey, was, is *balancer.Destination) {
 			for _, what := range destinationChanges(was, is) {

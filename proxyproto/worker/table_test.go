@@ -184,7 +184,7 @@ func TestChanges(t *testing.T) {
 		"relay: a 10.0.1.11:8080 keep its connections",
 		"relay: a 10.0.1.11:8080 connect from invalid IP",
 		"relay: a [fe80::1%eth0]:81 add with weight 0",
-		"relay: a [fe80::1%eth0]:0 remove, and reset its connections",
+		"relay: a [fe80::1%eth0]:0 remove",
 		"relay: a client_ip proxy_protocol_v2 -> snat",
 		"relay: a headers with unique_id false, crc32c true",
 		"relay: a sticky true -> false",

@@ -1,0 +1,240 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nlb/bench/lab"
+)
+
+// relayServed is two services as served has them, of which the TCP one is
+// relayed, and traffic.
+func relayServed(t *testing.T) (*lab.Topology, *daemon) {
+	t.Helper()
+	top := routed(t, lab.Options{Targets: 3})
+	serveHeaders(t, top.Targets, targetPort)
+	for _, n := range top.Targets {
+		serveOn(t, n, lab.Serve{Ports: []uint16{targetPort}, Networks: []string{"udp"}})
+	}
+	c := twoServices(top, top.Targets...)
+	for i := range c.Groups {
+		if c.Groups[i].Name == "web" {
+			c.Groups[i].ClientIP = "proxy_protocol_v2"
+		} else { // what speaks UDP reads no header, and has no TCP to be probed by
+			c.Groups[i].HealthCheck["port"] = targetPort
+		}
+	}
+	return top, serving(t, top, c)
+}
+
+// gone waits until a process has ended, if it is not the test's own child, who
+// has to be waited for.
+func gone(t *testing.T, pid int) {
+	t.Helper()
+	eventually(t, fmt.Sprint("process ", pid, " ends"), func() error {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) || strings.Contains(string(stat), ") Z ") {
+			return nil
+		}
+		return fmt.Errorf("%s %v", stat, err)
+	})
+}
+
+// TestRelaySurvives stops and kills the daemon under load: the relay goes on, and
+// the next daemon adopts it. It is nobody, and clear ends it.
+func TestRelaySurvives(t *testing.T) {
+	t.Parallel()
+	top, d := relayServed(t)
+	pid := d.relay()
+	for key, want := range map[string]string{
+		"Uid": "65534 65534 65534 65534", "Gid": "65534 65534 65534 65534", "Groups": "",
+		"CapInh": "0000000000000000", "CapPrm": "0000000000000000", "CapEff": "0000000000000000", "CapAmb": "0000000000000000",
+		"NoNewPrivs": "1",
+	} {
+		if got := processStatus(t, pid, key); got != want {
+			t.Errorf("the relay's %s is %q, want %q", key, got, want)
+		}
+	}
+	p := press(t, top)
+	for _, end := range []struct {
+		how  string
+		ends func()
+	}{{"killed", d.kill}, {"stopped", d.stop}} {
+		for round := range 2 {
+			when := fmt.Sprintf("serve was %s, round %d", end.how, round)
+			end.ends()
+			if now := d.relay(); now != pid {
+				t.Fatalf("%s: relay %d follows %d", when, now, pid)
+			}
+			p.check(when)
+			works(t, top, when)
+			d.start()
+			if now := d.relay(); now != pid {
+				t.Fatalf("%s, and began again: relay %d follows %d", when, now, pid)
+			}
+			p.check(when + ", and began again")
+			d.waitAllHealthy()
+			if err := d.planned(); err != nil {
+				t.Errorf("%s: %v", when, err)
+			}
+		}
+	}
+	t.Logf("%d new connections", p.end())
+
+	early := held(t, top.Clients[0], lab.Call{Network: "tcp", Dst: families[0].at(webPort), N: 5})
+	d.stop()
+	if out := d.run("clear", "--state-dir", d.state("")); out.code != 0 {
+		t.Errorf("clear: %+v", out)
+	}
+	gone(t, pid)
+	if left := d.relays(); len(left) > 0 {
+		t.Errorf("clear left the relays %v", left)
+	}
+	if listening := must(t, top.LB, "ss", "-Hltn", fmt.Sprint("sport = ", webPort)); listening != "" {
+		t.Errorf("clear left %s", listening)
+	}
+	flows, err := early.Check(soon(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range flows {
+		if x.Now.Err == "" {
+			t.Errorf("a connection goes on after clear: %+v", x)
+		}
+	}
+	if _, err := os.Stat(d.relaySocket()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("clear left the relay's socket: %v", err)
+	}
+	d.start()
+	d.waitAllHealthy()
+	works(t, top, "after clear and another start")
+}
+
+// TestRelayIsKilled kills the relay while clients come: those it had are cut off,
+// and those that come wait for the next one. None is refused.
+func TestRelayIsKilled(t *testing.T) {
+	t.Parallel()
+	top, d := relayServed(t)
+	client := top.Clients[0]
+	const kills = 3
+	for i := range kills {
+		pid := d.relay()
+		h := hold(t, client, webPort)
+		var loads []*lab.Churning
+		for _, f := range families {
+			c, err := client.Agent().Churn(soon(t), lab.Churn{Interval: 5 * time.Millisecond,
+				Call: lab.Call{Network: "tcp", Dst: f.at(webPort), Parallel: 2, Timeout: patience}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			loads = append(loads, c)
+		}
+		before := time.Now()
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		// One that came before the death was complete may be cut off.
+		eventually(t, "a client is served", func() error {
+			got := call(t, client, lab.Call{Network: "tcp", Dst: families[0].at(webPort), Timeout: patience})
+			if got.Failed > got.ByErr[lab.Reset]+got.ByErr[lab.Closed] {
+				t.Errorf("kill %d: the first client: %v", i, got)
+			}
+			if got.OK == 0 {
+				return errors.New(got.String())
+			}
+			return nil
+		})
+		took := time.Since(before)
+		if took > patience {
+			t.Errorf("kill %d: no client was served for %v", i, took)
+		}
+		eventually(t, "another relay", func() error {
+			now, err := d.relayPID()
+			if err == nil && now == pid {
+				err = errors.New("the same")
+			}
+			return err
+		})
+		var gap time.Duration
+		for _, c := range loads {
+			l, err := c.Stop(soon(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			gap = max(gap, l.Gap)
+			// At the moment of its death it had some connections.
+			if cut := l.ByErr[lab.Reset] + l.ByErr[lab.Closed]; l.Failed > cut || cut > 4 || l.OK == 0 {
+				t.Errorf("kill %d: %v", i, l)
+			}
+		}
+		t.Logf("kill %d: a client that came at once was served after %v; no client was served for %v",
+			i, took.Round(time.Millisecond), gap.Round(time.Millisecond))
+		h.all("a flow goes on without its relay", []string{"t1", "t2", "t3"}, func(x lab.Flow) bool { return x.Broken() })
+		works(t, top, fmt.Sprint("after kill ", i))
+	}
+	if err := d.planned(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRelayUpgrades starts one relay after another under load. Each takes over
+// from the one before, which finishes its connections.
+func TestRelayUpgrades(t *testing.T) {
+	t.Parallel()
+	upgrades := 10
+	if long() {
+		upgrades = 50
+	}
+	top, d := relayServed(t)
+	p := press(t, top)
+	begun := time.Now()
+	former := []int{d.relay()}
+	for range upgrades {
+		former = append(former, d.startRelay(nil))
+		p.check(fmt.Sprintf("after %d upgrades", len(former)-1))
+	}
+	t.Logf("%d upgrades took %v", upgrades, time.Since(begun).Round(time.Millisecond))
+	// The first has the held connections; those between have none and are gone.
+	eventually(t, "those without connections end", func() error {
+		alive := d.relays()
+		alive = slices.DeleteFunc(alive, func(pid int) bool {
+			stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			return strings.Contains(string(stat), ") Z ")
+		})
+		want := []int{former[0], former[upgrades]}
+		slices.Sort(alive)
+		slices.Sort(want)
+		if !slices.Equal(alive, want) {
+			return fmt.Errorf("%v are there, want %v", alive, want)
+		}
+		return nil
+	})
+	// Those of the first are counted and follow the table, through all of them.
+	count := func() (flows uint64) {
+		for _, x := range d.group("web").Targets {
+			if x.ActiveFlows != nil {
+				flows += *x.ActiveFlows
+			}
+		}
+		return flows
+	}
+	eventually(t, "held flows are counted", func() error {
+		if n := count(); n < uint64(len(families)*heldFlows) {
+			return fmt.Errorf("%d", n)
+		}
+		return nil
+	})
+	t.Logf("%d new connections", p.end())
+	// Its last connections ended.
+	gone(t, former[0])
+	if err := d.planned(); err != nil {
+		t.Error(err)
+	}
+}
