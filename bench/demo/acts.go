@@ -25,7 +25,7 @@ var ways = []way{
 }
 
 // The widths of a table's columns.
-const wideMode, wideCell = 14, 16
+const wideMode, wideCell = 19, 15
 
 // header prints the head of a table of modes and ways.
 func header(out *screen, last string) {
@@ -36,23 +36,51 @@ func header(out *screen, last string) {
 	out.line("%s", out.dim(strings.TrimRight(text+last, " ")))
 }
 
+// none is said of UDP where there is none.
+const none = "-"
+
 // ask makes one call to a port of the VIPs in every way at once, and returns
-// what the target saw of each, or why there was no answer.
+// whom the target took for its client, or why there was no answer.
 func ask(ctx context.Context, from *lab.Node, port uint16) ([]string, error) {
 	seen, errs := make([]string, len(ways)), make([]error, len(ways))
 	var wg sync.WaitGroup
 	for i, w := range ways {
+		if port == portRelayed && w.network != "tcp" {
+			seen[i] = none
+			continue
+		}
 		wg.Go(func() {
 			replies, err := from.Agent().Call(ctx, lab.Call{Network: w.network, Dst: netip.AddrPortFrom(w.vip, port)})
 			if err != nil {
 				errs[i] = err
-			} else if seen[i] = replies[0].Err; seen[i] == "" {
-				seen[i] = replies[0].Peer.String()
+			} else {
+				seen[i] = who(replies[0])
 			}
 		})
 	}
 	wg.Wait()
 	return seen, errors.Join(errs...)
+}
+
+// who is the client that a PROXY header names, or the one that the target sees.
+func who(r lab.Reply) string {
+	switch {
+	case r.Err != "":
+		return r.Err
+	case r.Client.IsValid():
+		return r.Client.Addr().String()
+	}
+	return r.Peer.String()
+}
+
+// onlyTCP is what is expected of a relayed port.
+func onlyTCP(want []string) []string {
+	for i, w := range ways {
+		if w.network != "tcp" {
+			want[i] = none
+		}
+	}
+	return want
 }
 
 // expect is what every way should give: the node's address of its family, or
@@ -95,14 +123,18 @@ func modes(ctx context.Context, s *scene, out *screen) (failed []string, err err
 		if err != nil {
 			return nil, err
 		}
-		want, who := expect(s.Clients[0], ""), "the client"
-		if m.port == portSNAT {
-			want, who = expect(s.LB, ""), "lb"
+		want, is := expect(s.Clients[0], ""), "the client"
+		switch m.port {
+		case portSNAT:
+			want, is = expect(s.LB, ""), "lb"
+		case portRelayed:
+			want, is = onlyTCP(want), "in lb's header"
 		}
-		failed = append(failed, row(out, "outside client", m.name, got, want, who)...)
+		failed = append(failed, row(out, "outside client", m.name, got, want, is)...)
 	}
-	out.line("   Each mode rewrites the destination, from the VIP to t1. snat rewrites the source as well, so t1")
-	out.line("   answers lb wherever its routes lead, but no longer knows its client. Each group has its mode.")
+	out.line("   The first three rewrite the destination, from the VIP to t1. snat rewrites the source as well, so")
+	out.line("   t1 answers lb wherever its routes lead, but no longer knows its client. With proxy_protocol_v2 lb")
+	out.line("   connects to t1 itself, and tells it in a header who the client is. Each group has its mode.")
 	return failed, nil
 }
 
@@ -137,6 +169,8 @@ func hairpin(ctx context.Context, s *scene, out *screen) (failed []string, err e
 			if n := added("hairpins"); n != len(ways) {
 				failed = append(failed, fmt.Sprintf("hairpin_snat: hairpins grew by %d for %d calls", n, len(ways)))
 			}
+		case portRelayed:
+			want, evidence = onlyTCP(expect(s.Targets[0], "")), "in lb's header"
 		}
 		failed = append(failed, row(out, "hairpin", m.name, got, want, evidence)...)
 	}

@@ -12,7 +12,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"nlb/balancer"
@@ -20,11 +19,12 @@ import (
 	"nlb/bench/lab"
 )
 
-// The ports of the VIPs. The first three have a target group each, by mode.
+// The ports of the VIPs. All but the last have a target group each, by mode.
 const (
 	portPreserve uint16 = 81 + iota
 	portHairpin
 	portSNAT
+	portRelayed
 	portWeighted
 )
 
@@ -32,7 +32,7 @@ const (
 var clientIPs = []struct {
 	port uint16
 	name string
-}{{portPreserve, "preserve"}, {portHairpin, "hairpin_snat"}, {portSNAT, "snat"}}
+}{{portPreserve, "preserve"}, {portHairpin, "hairpin_snat"}, {portSNAT, "snat"}, {portRelayed, "proxy_protocol_v2"}}
 
 // weighted is the target group behind portWeighted.
 const weighted = "weighted"
@@ -40,7 +40,11 @@ const weighted = "weighted"
 // weights are those of the targets t1, t2 … behind portWeighted.
 var weights = []int{1, 2, 3, 4}
 
-const targetPort = 8080
+// Targets read PROXY headers on the second port only.
+const (
+	targetPort = 8080
+	headerPort = 8081
+)
 
 // A scene is the network with nlb in it.
 type scene struct {
@@ -71,6 +75,9 @@ func newScene(ctx context.Context, program string) (s *scene, err error) {
 	}
 	for _, t := range s.Targets {
 		if _, err := t.Agent().Serve(ctx, lab.Serve{Ports: []uint16{targetPort}}); err != nil {
+			return s, err
+		}
+		if _, err := t.Agent().Serve(ctx, lab.Serve{Ports: []uint16{headerPort}, Networks: []string{"tcp"}, Proxy: true}); err != nil {
 			return s, err
 		}
 	}
@@ -105,8 +112,8 @@ func (s *scene) config() string {
 	b.WriteString("metrics: {address: \"\"}\nlisteners:\n")
 	listener := func(port uint16, group string) {
 		for i, vip := range []netip.Addr{lab.VIP4, lab.VIP6} {
-			fmt.Fprintf(&b, "  - {name: p%d-%d, vip: %q, protocol: TCP_UDP, port: %d, forward: [{target_group: %s}]}\n",
-				port, i, vip, port, group)
+			fmt.Fprintf(&b, "  - {name: p%d-%d, vip: %q, protocol: %s, port: %d, forward: [{target_group: %s}]}\n",
+				port, i, vip, protocol(port), port, group)
 		}
 	}
 	for _, m := range clientIPs {
@@ -114,8 +121,12 @@ func (s *scene) config() string {
 	}
 	listener(portWeighted, weighted)
 	b.WriteString("target_groups:\n")
-	group := func(name, clientIP string, targets []*lab.Node, weight func(int) int) {
-		fmt.Fprintf(&b, "  - name: %s\n    protocol: TCP_UDP\n    port: %d\n    client_ip: %s\n", name, targetPort, clientIP)
+	group := func(port uint16, name, clientIP string, targets []*lab.Node, weight func(int) int) {
+		at := targetPort
+		if port == portRelayed {
+			at = headerPort
+		}
+		fmt.Fprintf(&b, "  - name: %s\n    protocol: %s\n    port: %d\n    client_ip: %s\n", name, protocol(port), at, clientIP)
 		b.WriteString("    health_check: {interval: 1s, timeout: 1s}\n    targets:\n")
 		for i, t := range targets {
 			for _, a := range []netip.Addr{t.Addr4, t.Addr6} {
@@ -124,10 +135,18 @@ func (s *scene) config() string {
 		}
 	}
 	for _, m := range clientIPs {
-		group(groupName(m.name), m.name, s.Targets[:1], func(int) int { return 1 })
+		group(m.port, groupName(m.name), m.name, s.Targets[:1], func(int) int { return 1 })
 	}
-	group(weighted, "preserve", s.Targets, func(i int) int { return weights[i] })
+	group(portWeighted, weighted, "preserve", s.Targets, func(i int) int { return weights[i] })
 	return b.String()
+}
+
+// protocol is what a port of the VIPs takes: there are no relays for UDP.
+func protocol(port uint16) string {
+	if port == portRelayed {
+		return "TCP"
+	}
+	return "TCP_UDP"
 }
 
 // groupName is a mode as a target group's name, which has no underscores.
@@ -137,12 +156,26 @@ func groupName(clientIP string) string { return strings.ReplaceAll(clientIP, "_"
 type daemon struct {
 	cmd  *exec.Cmd
 	done chan struct{} // closed when it has ended
-	log  *logBuffer
+	log  string        // the file that it prints to
+}
+
+// said is what the daemon printed.
+func (d *daemon) said() string {
+	text, err := os.ReadFile(d.log)
+	if err != nil {
+		return err.Error()
+	}
+	return strings.TrimSpace(string(text))
 }
 
 // start starts nlb serve on the balancer.
 func (s *scene) start() error {
-	log := &logBuffer{}
+	// A file, because its relay prints there too, and lives on when it has ended.
+	log, err := os.Create(s.path("nlb.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
 	// Its life is the scene's: close ends it.
 	cmd := s.LB.Command(context.Background(), s.program,
 		"serve", "-c", s.path("nlb.yaml"), "--state-dir", s.path("state"), "--socket", s.path("nlb.sock"))
@@ -150,7 +183,7 @@ func (s *scene) start() error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start nlb: %w", err)
 	}
-	s.daemon = &daemon{cmd, make(chan struct{}), log}
+	s.daemon = &daemon{cmd, make(chan struct{}), log.Name()}
 	go func(d *daemon) {
 		_ = d.cmd.Wait() // wait reports an end that nobody wanted
 		close(d.done)
@@ -186,9 +219,9 @@ func (s *scene) wait(ctx context.Context, what string, holds func(*control.Statu
 		select {
 		case <-tick.C:
 		case <-s.daemon.done:
-			return fmt.Errorf("nlb serve has ended: %s", s.daemon.log)
+			return fmt.Errorf("nlb serve has ended: %s", s.daemon.said())
 		case <-ctx.Done():
-			return fmt.Errorf("waited in vain for %s: %w\n%s", what, err, s.daemon.log)
+			return fmt.Errorf("waited in vain for %s: %w\n%s", what, err, s.daemon.said())
 		}
 	}
 }
@@ -263,22 +296,4 @@ func parseCounters(text string) map[string]int {
 		counts[m[1]], _ = strconv.Atoi(m[2]) // digits
 	}
 	return counts
-}
-
-// A logBuffer keeps what a process prints.
-type logBuffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer // guarded by mu
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.TrimSpace(l.text.String())
 }

@@ -20,10 +20,12 @@ import (
 const healthFile = "health.json"
 
 // rememberEvery bounds what a crash forgets. What changes all the time is
-// written once in rememberRest: each time is a file of all targets, synced.
+// written once in rememberRest, after rememberBurst times: each time is a file of
+// all targets, synced.
 const (
 	rememberEvery = 100 * time.Millisecond
 	rememberRest  = time.Second
+	rememberBurst = 20
 )
 
 // A remembered is what is kept of one target's health. A daemon that comes back
@@ -84,7 +86,7 @@ func rememberHealth(ctx context.Context, dir string, snapshot func() *balancer.S
 	defer tick.Stop()
 	var seen *balancer.Snapshot
 	var written []byte
-	var rest time.Time
+	var early time.Duration // how far the writes are ahead of one in rememberRest
 	failing := false
 	for more := true; more; {
 		select {
@@ -92,14 +94,15 @@ func rememberHealth(ctx context.Context, dir string, snapshot func() *balancer.S
 			more = false
 		case <-tick.C:
 		}
+		early = max(0, early-rememberEvery)
 		s := snapshot()
-		if s == nil || s == seen || more && time.Now().Before(rest) {
+		if s == nil || s == seen || more && early > (rememberBurst-1)*rememberRest {
 			continue
 		}
 		content, err := healthContent(s.Groups)
 		if err == nil && !bytes.Equal(content, written) {
 			err = balancer.WriteStateFile(dir, healthFile, content)
-			rest = time.Now().Add(rememberRest)
+			early += rememberRest
 		}
 		if err != nil && !failing {
 			log.Error("the targets' health cannot be written down, a restart will have forgotten it", zap.Error(err))

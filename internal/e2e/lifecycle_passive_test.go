@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -83,6 +85,12 @@ func failsItsClients(t *testing.T, verdict string) {
 	}
 	// A daemon that comes back goes on with it; a plan knows of it.
 	eventually(t, "a plan with holds", d.planned)
+	eventually(t, "holds that are written down", func() error {
+		if n := strings.Count(read(d.state("health.json")), `"held"`); n != 2*len(families) {
+			return fmt.Errorf("%d of them", n)
+		}
+		return nil
+	})
 	before := d.standing("source", t1)
 	d.kill()
 	d.start()
