@@ -128,7 +128,7 @@ func TestGuardEndsOldFlows(t *testing.T) {
 	var old []*lab.Flows
 	for _, f := range families {
 		must(t, top.LB, "ip", "address", "add", f.vip.String(), "dev", "lo")
-		old = append(old, held(t, top.Clients[0], lab.Call{Network: "tcp", Dst: f.at(22), Timeout: briefly}))
+		old = append(old, held(t, top.Clients[0], lab.Call{Network: "tcp", Dst: f.at(22), Timeout: 2 * time.Second}))
 	}
 	serving(t, top, config{
 		Sources: sources(top), VIPs: both(),

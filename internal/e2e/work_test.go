@@ -53,6 +53,7 @@ func TestConstantWork(t *testing.T) {
 	t.Logf("calm:     %v", calm)
 	w.flap()
 	eventually(t, "the crowd has flapped for a while", w.settled)
+	eventually(t, "its verdicts come to rest", workRests(d))
 	wild := w.measure(t, d, workWild)
 	t.Logf("flapping: %v", wild)
 
@@ -226,6 +227,22 @@ func (w *workload) settled() error {
 		}
 	}
 	return nil
+}
+
+// workRests returns what says that there was a verdict not long ago. A busy
+// machine tells of those of the first answers late.
+func workRests(d *daemon) func() error {
+	const silence = 2 * time.Second
+	verdicts, since := -1, time.Now()
+	return func() error {
+		if n := len(workLine.FindAllString(d.log.String(), -1)); n != verdicts {
+			verdicts, since = n, time.Now()
+		}
+		if quiet := time.Since(since); quiet < silence {
+			return fmt.Errorf("the last of %d came %v ago", verdicts, quiet)
+		}
+		return nil
+	}
 }
 
 func (w *workload) set(sentinel netip.Addr, bad bool) {
