@@ -43,7 +43,7 @@ func chance(t *testing.T) *rand.Rand {
 
 // pass lets a random part of d go by. The moment of a crash is what these tests
 // are about; they wait for nothing by it.
-func pass(r *rand.Rand, d time.Duration) { time.Sleep(rand.N(d)) }
+func pass(r *rand.Rand, d time.Duration) { time.Sleep(time.Duration(r.Int64N(int64(d)))) }
 
 // signal sends a signal to the daemon's process.
 func (d *daemon) signal(s syscall.Signal) {
