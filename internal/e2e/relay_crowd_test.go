@@ -168,3 +168,50 @@ func TestRelayIsFull(t *testing.T) {
 		})
 	}
 }
+
+// TestRelayStorm has more clients than there is room for, who come again and again
+// as fast as they can, for a minute with NLB_LONG=1. They take turns; those who
+// have a connection notice nothing.
+func TestRelayStorm(t *testing.T) {
+	length := 5 * time.Second
+	if long() {
+		length = time.Minute
+	}
+	const stay, storm = 340, 400 // the latter of each family
+	top := routed(t, lab.Options{Clients: 2})
+	serveHeaders(t, top.Targets, targetPort)
+	d := serving(t, top, relaying(top, webPort, relayed("web", targetPort, targets(top.Targets...))))
+	d.startRelay([]string{"prlimit", "--nofile=1024:1024"})
+	h := hold(t, top.Clients[0], webPort)
+	// They leave room for some 25: files are for about 410 connections.
+	for i := range stay {
+		connect(t, top.Clients[1], families[i%len(families)], webPort)
+	}
+	var churns []*lab.Churning
+	for _, f := range families {
+		c, err := top.Clients[1].Agent().Churn(soon(t), lab.Churn{Interval: time.Millisecond,
+			Call: lab.Call{Network: "tcp", Dst: f.at(webPort), Parallel: storm, Timeout: length + patience}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		churns = append(churns, c)
+	}
+	begun := time.Now()
+	for time.Since(begun) < length {
+		h.alive("in the storm", "t1", "t2")
+	}
+	if !strings.Contains(d.log.String(), "as many connections as there may be") {
+		t.Error("the relay was never full")
+	}
+	for i, c := range churns {
+		load, err := c.Stop(soon(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("IPv%s: %d connections in %v, %d failed, at most %v without one", families[i].name, load.OK, load.Elapsed.Round(time.Second), load.Failed, load.Gap)
+		if load.Failed > 0 || load.OK < storm {
+			t.Errorf("IPv%s: %v", families[i].name, load)
+		}
+	}
+	h.alive("after the storm", "t1", "t2")
+}

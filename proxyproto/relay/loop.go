@@ -66,6 +66,7 @@ type loop struct {
 	entrances []entrance // by the door's index; without a door where there is none
 	shut      bool       // nothing is accepted, and no listener is watched
 	shutUntil int64
+	first     int   // whose turn it is to be watched first
 	reserve   int32 // a descriptor to give up when there is no other
 	stopped   bool
 }
@@ -274,8 +275,11 @@ func (l *loop) reopen() {
 	}
 	l.openReserve()
 	l.shut = false
-	for _, e := range l.entrances {
-		if e.door != nil {
+	// The one that is watched first is told of first, and may take all the room
+	// there is: they take turns.
+	l.first++
+	for i := range l.entrances {
+		if e := l.entrances[(l.first+i)%len(l.entrances)]; e.door != nil {
 			l.watchDoor(e.door)
 		}
 	}
