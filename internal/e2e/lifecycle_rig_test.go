@@ -109,6 +109,7 @@ func avoided(t *testing.T, what string, client *lab.Node, port uint16, flows int
 	t.Helper()
 	for _, f := range families {
 		got := call(t, client, lab.Call{Network: "tcp", Dst: f.at(port), N: flows, Parallel: 20})
+		t.Logf("%s, IPv%s: %d of %d new flows to port %d are at %s", what, f.name, got.ByWho[who], got.OK, port, who)
 		if got.ByWho[who] > 0 || got.Failed > 0 {
 			t.Errorf("%s, IPv%s: new flows to port %d: %v, want none at %s", what, f.name, port, got, who)
 		}
@@ -257,6 +258,8 @@ func (w *witness) reset(what string, to netip.AddrPort, flows []lab.Reply, earli
 		return nil
 	})
 	first, last := slices.MinFunc(times, time.Time.Compare), slices.MaxFunc(times, time.Time.Compare)
+	w.t.Logf("%s to %v: both ends of %d flows reset between %v and %v after the earliest moment, %v before the latest", what, to, len(flows),
+		first.Sub(earliest).Round(time.Millisecond), last.Sub(earliest).Round(time.Millisecond), latest.Sub(last).Round(time.Millisecond))
 	if first.Before(earliest) || last.After(latest) {
 		w.t.Errorf("%s to %v: reset between %v and %v after the earliest moment, which is %v before the latest",
 			what, to, first.Sub(earliest), last.Sub(earliest), latest.Sub(earliest))
@@ -515,6 +518,7 @@ func (p *pulse) answered(what string, moment time.Time, who ...string) {
 		return nil
 	})
 	took := by.at.Sub(moment)
+	p.t.Logf("%s, %v: %s answers %v after the change", what, p.to, by.who, took.Round(time.Millisecond))
 	if took > follow {
 		p.t.Errorf("%s, %v: %s answers %v after the change, want %v at most", what, p.to, by.who, took.Round(time.Millisecond), follow)
 	}

@@ -303,7 +303,13 @@ func probeFrom(t *testing.T, seen *lab.Capture, target netip.AddrPort, want neti
 	}); err != nil {
 		t.Errorf("%v got %d probes: %v", target, n, err)
 	}
-	for _, p := range packets(t, seen, mine) {
+	all := packets(t, seen, mine)
+	sources := map[netip.Addr]int{}
+	for _, p := range all {
+		sources[p.Src]++
+	}
+	t.Logf("%v: %d probes, by source %v", target, len(all), sources)
+	for _, p := range all {
 		switch {
 		case p.Src == lab.VIP4 || p.Src == lab.VIP6:
 			t.Errorf("a probe comes from the VIP: %v", p)
