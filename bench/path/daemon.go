@@ -1,41 +1,34 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"strings"
-	"sync"
 	"time"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/bench/measure"
 )
 
 // awaitHealthy waits until nlb has found every target healthy and the kernel
 // has what the file says.
 func (s *site) awaitHealthy(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
 	client := control.NewClient(s.path("nlb.sock"))
-	for {
+	err := s.daemon.Await(ctx, 15*time.Second, func(ctx context.Context) error {
 		status, err := client.Status(ctx)
-		if err == nil {
-			if err = healthy(status); err == nil {
-				return nil
-			}
+		if err != nil {
+			return err
 		}
-		select {
-		case <-tick.C:
-		case <-s.ended:
-			return fmt.Errorf("nlb serve has ended: %s", &s.log)
-		case <-ctx.Done():
-			return fmt.Errorf("waited in vain for nlb: %w\n%s", err, &s.log)
-		}
+		return healthy(status)
+	})
+	switch {
+	case errors.Is(err, measure.ErrEnded):
+		return fmt.Errorf("nlb serve has ended: %s", &s.daemon.Log)
+	case err != nil:
+		return fmt.Errorf("waited in vain for nlb: %w\n%s", err, &s.daemon.Log)
 	}
+	return nil
 }
 
 func healthy(s *control.Status) error {
@@ -53,22 +46,4 @@ func healthy(s *control.Status) error {
 		return errors.New("the configuration is not in force yet")
 	}
 	return nil
-}
-
-// A logBuffer keeps what a process prints.
-type logBuffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer // guarded by mu
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.TrimSpace(l.text.String())
 }

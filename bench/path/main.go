@@ -35,6 +35,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 func main() {
@@ -50,7 +51,7 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	core, err := pin(o.core)
+	core, err := measure.Pin(o.core)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "nlb bench: %v\n", err)
 		os.Exit(1)
@@ -118,7 +119,7 @@ func bench(ctx context.Context, o options, progress io.Writer) (r *report, err e
 	// No collection while the clock runs: nothing that is measured allocates,
 	// and what the turns leave is collected between them.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
-	results, err := measure(ctx, sites, o, progress)
+	results, err := runRounds(ctx, sites, o, progress)
 	if err != nil {
 		return nil, err
 	}

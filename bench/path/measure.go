@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 // A metric is what is counted: packets or connections.
@@ -54,9 +55,9 @@ func (s sample) rate() float64 { return float64(s.received) / s.worked.Seconds()
 // samples are those of a metric, by way and round.
 type samples [][]sample
 
-// measure does the rounds of each metric.
-func measure(ctx context.Context, sites []*site, o options, progress io.Writer) ([]samples, error) {
-	softirqd, err := ksoftirqd(o.core)
+// runRounds does the rounds of each metric.
+func runRounds(ctx context.Context, sites []*site, o options, progress io.Writer) ([]samples, error) {
+	softirqd, err := measure.Ksoftirqd(o.core)
 	if err != nil {
 		return nil, err
 	}
@@ -154,11 +155,12 @@ func (r *round) measure(ctx context.Context, d time.Duration) error {
 func (r *round) daemons() ([]time.Duration, error) {
 	used := make([]time.Duration, len(r.sites))
 	for i, s := range r.sites {
-		if s.daemon == nil {
+		pid := s.daemon.PID()
+		if pid == 0 {
 			continue
 		}
 		var err error
-		if used[i], err = cpuTime(s.daemon.Process.Pid); err != nil {
+		if used[i], err = measure.CPUTime(pid); err != nil {
 			return nil, err
 		}
 	}
@@ -169,8 +171,8 @@ func (r *round) daemons() ([]time.Duration, error) {
 func (r *round) slice(i int, to *sample) error {
 	s := r.sites[i]
 	helpers := []int{r.softirqd}
-	if s.daemon != nil {
-		helpers = append(helpers, s.daemon.Process.Pid)
+	if pid := s.daemon.PID(); pid != 0 {
+		helpers = append(helpers, pid)
 	}
 	return s.Clients[0].Do(func() error {
 		c, err := newClock(helpers)

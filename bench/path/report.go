@@ -5,10 +5,11 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/bench/measure"
 )
 
 // headroom is how much faster than a way the way without any balancer has to
@@ -32,22 +33,22 @@ type metricReport struct {
 type wayReport struct {
 	Name string `json:"name"`
 	// Rates are per second that the core worked on the path, by round.
-	Rates []float64 `json:"rates"`
-	Rate  Summary   `json:"rate"`
+	Rates []float64       `json:"rates"`
+	Rate  measure.Summary `json:"rate"`
 	// WallRate is per second that passed. It is lower where other programs had
 	// the core.
-	WallRate Summary `json:"wall_rate"`
-	Lost     int     `json:"lost"` // packets, in all rounds
+	WallRate measure.Summary `json:"wall_rate"`
+	Lost     int             `json:"lost"` // packets, in all rounds
 	// Daemon is nlb's own CPU time, per second of the whole benchmark. What of it
 	// fell into this way's turns is in Rates; the rest would show here if the
 	// daemon put off work that flows make for it.
 	Daemon float64 `json:"daemon_seconds_per_second"`
 	// AddedNS is what a packet or connection costs more than without a balancer.
-	AddedNS Summary `json:"added_ns"`
+	AddedNS measure.Summary `json:"added_ns"`
 	// Against is the way that this one is compared with, and Ratio this one's
 	// rate divided by that one's.
-	Against string   `json:"against,omitempty"`
-	Ratio   *Summary `json:"ratio,omitempty"`
+	Against string           `json:"against,omitempty"`
+	Ratio   *measure.Summary `json:"ratio,omitempty"`
 	// BoundedByGenerator says that the rate is too near that without a balancer.
 	BoundedByGenerator bool `json:"bounded_by_generator"`
 }
@@ -63,6 +64,14 @@ func newReport(o options, all []samples) (*report, error) {
 	}
 	return r, nil
 }
+
+// pairwise summarizes f of the rates of each round.
+func pairwise(a, b []float64, f func(a, b float64) float64) measure.Summary {
+	return measure.Summarize(measure.Pairwise(a, b, f))
+}
+
+// costMore is how many nanoseconds more one thing takes at the rate a than at b.
+func costMore(a, b float64) float64 { return 1e9/a - 1e9/b }
 
 // compare makes the report of one metric. The first way is the one without a
 // balancer.
@@ -83,14 +92,14 @@ func compare(ways []way, all samples) []wayReport {
 			daemon += s.daemon
 		}
 		r.Daemon = daemon.Seconds() / around.Seconds()
-		r.Rate, r.WallRate = summarize(r.Rates), summarize(wall)
+		r.Rate, r.WallRate = measure.Summarize(r.Rates), measure.Summarize(wall)
 		r.AddedNS = pairwise(r.Rates, reports[0].Rates, costMore)
-		r.BoundedByGenerator = i > 0 && pairwise(reports[0].Rates, r.Rates, ratio).Median < headroom
+		r.BoundedByGenerator = i > 0 && pairwise(reports[0].Rates, r.Rates, measure.Ratio).Median < headroom
 		if w.against == "" {
 			continue
 		}
 		other := reports[at[w.against]].Rates
-		between := pairwise(r.Rates, other, ratio)
+		between := pairwise(r.Rates, other, measure.Ratio)
 		r.Ratio = &between
 	}
 	return reports
@@ -116,24 +125,17 @@ func (r *report) table(w io.Writer) error {
 }
 
 func (m *metricReport) table() string {
-	var b strings.Builder
-	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "\tmedian\tmin .. max\tadded\tratio\tmin .. max\tto\t")
+	rows := [][]string{{"", "median", "min .. max", "added", "ratio", "min .. max", "to", ""}}
 	for _, row := range m.Ways {
-		fmt.Fprintln(t, strings.Join(row.cells(), "\t"))
+		rows = append(rows, row.cells())
 	}
-	_ = t.Flush() // to memory
-	var trimmed strings.Builder
-	for line := range strings.Lines(b.String()) {
-		trimmed.WriteString(strings.TrimRight(line, " \n") + "\n")
-	}
-	return trimmed.String()
+	return measure.Columns(rows)
 }
 
 // cells are as many for every way: a column ends where a line has none.
 func (r *wayReport) cells() []string {
 	cells := []string{"  " + r.Name, fmt.Sprintf("%.0f", r.Rate.Median), fmt.Sprintf("%.0f .. %.0f", r.Rate.Min, r.Rate.Max), "-", "", "", ""}
-	if r.AddedNS != (Summary{}) {
+	if r.AddedNS != (measure.Summary{}) {
 		cells[3] = fmt.Sprintf("%+.0f ns", r.AddedNS.Median)
 	}
 	if r.Ratio != nil {

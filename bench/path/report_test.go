@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"nlb/bench/measure"
 )
 
 // turns are samples of one second each, half of which others had the core.
@@ -18,6 +20,23 @@ func turns(received ...int) []sample {
 	return s
 }
 
+func summary(median, least, most float64) measure.Summary {
+	return measure.Summary{Median: median, Min: least, Max: most}
+}
+
+// TestPairwiseIgnoresTheMachine has a machine that is slower in every round: the
+// medians are of different rounds, the ratio is not.
+func TestPairwiseIgnoresTheMachine(t *testing.T) {
+	a := []float64{100, 50, 25}
+	b := []float64{200, 100, 50}
+	if diff := cmp.Diff(summary(0.5, 0.5, 0.5), pairwise(a, b, measure.Ratio)); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff(summary(1e7, 5e6, 2e7), pairwise(a, b, costMore)); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestCompare(t *testing.T) {
 	ways := []way{{name: "router"}, {name: "minimal"}, {name: "nlb", against: "minimal"}}
 	all := samples{turns(2000, 1000), turns(1000, 500), turns(900, 475)}
@@ -25,18 +44,18 @@ func TestCompare(t *testing.T) {
 	all[2][1].daemon = time.Second / 2
 	want := []wayReport{
 		{
-			Name: "router", Rates: []float64{2000, 1000}, Rate: Summary{1500, 1000, 2000},
-			WallRate: Summary{750, 500, 1000},
+			Name: "router", Rates: []float64{2000, 1000}, Rate: summary(1500, 1000, 2000),
+			WallRate: summary(750, 500, 1000),
 		},
 		{
-			Name: "minimal", Rates: []float64{1000, 500}, Rate: Summary{750, 500, 1000},
-			WallRate: Summary{375, 250, 500}, AddedNS: Summary{750e3, 500e3, 1000e3},
+			Name: "minimal", Rates: []float64{1000, 500}, Rate: summary(750, 500, 1000),
+			WallRate: summary(375, 250, 500), AddedNS: summary(750e3, 500e3, 1000e3),
 		},
 		{
-			Name: "nlb", Rates: []float64{900, 475}, Rate: Summary{687.5, 475, 900},
-			WallRate: Summary{343.75, 237.5, 450}, Lost: 1, Daemon: 0.25,
-			AddedNS: Summary{1e9 * (1/900. - 1/2000. + 1/475. - 1/1000.) / 2, 1e9 * (1/900. - 1/2000.), 1e9 * (1/475. - 1/1000.)},
-			Against: "minimal", Ratio: &Summary{0.925, 0.9, 0.95},
+			Name: "nlb", Rates: []float64{900, 475}, Rate: summary(687.5, 475, 900),
+			WallRate: summary(343.75, 237.5, 450), Lost: 1, Daemon: 0.25,
+			AddedNS: summary(1e9*(1/900.-1/2000.+1/475.-1/1000.)/2, 1e9*(1/900.-1/2000.), 1e9*(1/475.-1/1000.)),
+			Against: "minimal", Ratio: new(summary(0.925, 0.9, 0.95)),
 		},
 	}
 	if diff := cmp.Diff(want, compare(ways, all), cmpopts.EquateApprox(1e-9, 0)); diff != "" {
@@ -56,10 +75,10 @@ func TestBoundedByGenerator(t *testing.T) {
 
 func TestTable(t *testing.T) {
 	r := report{Kernel: "6.1", Core: 3, Rounds: 2, Seconds: 0.5, Metrics: []metricReport{{"packets", []wayReport{
-		{Name: "router", Rate: Summary{1200000, 1100000, 1300000}},
-		{Name: "minimal", Rate: Summary{800000, 790000, 810000}, AddedNS: Summary{417, 400, 430}, Lost: 7},
-		{Name: "nlb", Rate: Summary{792000, 780000, 800000}, AddedNS: Summary{430, 420, 440}, Against: "minimal",
-			Ratio: &Summary{0.99, 0.985, 0.991}, BoundedByGenerator: true},
+		{Name: "router", Rate: summary(1200000, 1100000, 1300000)},
+		{Name: "minimal", Rate: summary(800000, 790000, 810000), AddedNS: summary(417, 400, 430), Lost: 7},
+		{Name: "nlb", Rate: summary(792000, 780000, 800000), AddedNS: summary(430, 420, 440), Against: "minimal",
+			Ratio: new(summary(0.99, 0.985, 0.991)), BoundedByGenerator: true},
 	}}}}
 	const want = `Linux 6.1, core 3, 2 rounds of 0.5 s. Rates are per second that the core worked on them.
 

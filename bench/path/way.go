@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 const (
@@ -74,15 +74,13 @@ type site struct {
 	way
 	*lab.Topology
 	dir     string
-	daemon  *exec.Cmd     // nil where nlb does not run
-	ended   chan struct{} // closed when the daemon has
-	log     logBuffer
+	daemon  measure.Daemon // nlb, where it runs
 	sockets sockets
 }
 
 // newSite builds the network of a way, which is ready for traffic then.
 func newSite(ctx context.Context, w way, program string) (*site, error) {
-	s := &site{way: w, ended: make(chan struct{})}
+	s := &site{way: w}
 	if err := s.build(ctx, program); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
@@ -112,9 +110,7 @@ func (s *site) close() error {
 	if s.Topology != nil {
 		errs = append(errs, s.Topology.Close()) // ends the daemon too
 	}
-	if s.daemon != nil {
-		<-s.ended
-	}
+	s.daemon.Join()
 	if s.dir != "" {
 		errs = append(errs, os.RemoveAll(s.dir))
 	}
@@ -170,15 +166,9 @@ func (s *site) serve(ctx context.Context, program string) error {
 	// Its life is the network's: close ends it.
 	cmd := s.LB.Command(context.Background(), program,
 		"serve", "-c", s.path("nlb.yaml"), "--state-dir", s.path("state"), "--socket", s.path("nlb.sock"))
-	cmd.Stdout, cmd.Stderr = &s.log, &s.log
-	if err := cmd.Start(); err != nil {
+	if err := s.daemon.Start(cmd); err != nil {
 		return fmt.Errorf("start nlb: %w", err)
 	}
-	s.daemon = cmd
-	go func() {
-		_ = cmd.Wait() // awaitHealthy reports an end that nobody wanted
-		close(s.ended)
-	}()
 	return s.awaitHealthy(ctx)
 }
 

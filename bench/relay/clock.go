@@ -1,55 +1,17 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"regexp"
-	"runtime"
 	"strconv"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/bench/measure"
 )
-
-// pinned is in the environment of a process that has been given its core.
-const pinned = "NLB_BENCH_RELAY_CORE"
-
-// pin confines this program, and with it all that it starts, to one core, and
-// returns its number; for -1, the last one allowed. It executes the program
-// anew, because affinity belongs to threads and a Go program has several before
-// main begins; a thread's affinity outlives execve(2).
-func pin(core int) (int, error) {
-	if n, err := strconv.Atoi(os.Getenv(pinned)); err == nil {
-		return n, nil
-	}
-	runtime.LockOSThread()
-	var allowed, one unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
-		return 0, os.NewSyscallError("sched_getaffinity", err)
-	}
-	if core < 0 {
-		core = last(&allowed)
-	}
-	one.Set(core)
-	if err := unix.SchedSetaffinity(0, &one); err != nil {
-		return 0, fmt.Errorf("core %d: %w", core, os.NewSyscallError("sched_setaffinity", err))
-	}
-	err := syscall.Exec("/proc/self/exe", os.Args, append(os.Environ(), fmt.Sprint(pinned, "=", core)))
-	return 0, fmt.Errorf("execute itself: %w", err)
-}
-
-func last(s *unix.CPUSet) (core int) {
-	for n, left := 0, s.Count(); left > 0; n++ {
-		if s.IsSet(n) {
-			core, left = n, left-1
-		}
-	}
-	return core
-}
 
 // urgency is the nice value of everything that is measured, so that other
 // programs on the core disturb less.
@@ -97,7 +59,7 @@ type reading struct {
 
 func (m *meter) read() (r reading, err error) {
 	for _, pid := range m.balancer {
-		used, err := cpuTime(pid)
+		used, err := measure.CPUTime(pid)
 		if err != nil {
 			return r, err
 		}
@@ -105,7 +67,7 @@ func (m *meter) read() (r reading, err error) {
 	}
 	r.core = r.balancer
 	for _, pid := range []int{os.Getpid(), m.softirqd} {
-		used, err := cpuTime(pid)
+		used, err := measure.CPUTime(pid)
 		if err != nil {
 			return r, err
 		}
@@ -142,29 +104,3 @@ func (w window) wall() float64 { return w.done / w.passed.Seconds() }
 
 // cost is the balancer's microseconds for each thing done.
 func (w window) cost() float64 { return w.balancer.Seconds() * 1e6 / w.done }
-
-// cpuTime is the CPU time of a process, all its threads together, also those
-// that have ended. The clock's number is made as by clock_getcpuclockid(3).
-func cpuTime(pid int) (time.Duration, error) {
-	const cpuclockSched = 2
-	var ts unix.Timespec
-	if err := unix.ClockGettime(int32(^pid<<3|cpuclockSched), &ts); err != nil {
-		return 0, fmt.Errorf("CPU time of process %d: %w", pid, err)
-	}
-	return time.Duration(ts.Nano()), nil
-}
-
-// ksoftirqd is the process that does a core's softirqs when they are many.
-func ksoftirqd(core int) (pid int, err error) {
-	name := []byte(fmt.Sprintf("ksoftirqd/%d\n", core))
-	files, err := filepath.Glob("/proc/[0-9]*/comm")
-	if err != nil {
-		return 0, err
-	}
-	for _, f := range files {
-		if text, err := os.ReadFile(f); err == nil && bytes.Equal(text, name) {
-			return strconv.Atoi(filepath.Base(filepath.Dir(f)))
-		}
-	}
-	return 0, errors.New("there is no " + string(bytes.TrimSpace(name)))
-}

@@ -184,6 +184,5 @@ func (s *site) addVIP() error { return s.LB.Address("lo", netip.PrefixFrom(lab.V
 func (s *site) command(name string, args ...string) *exec.Cmd {
 	cmd := s.LB.Command(context.Background(), name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	cmd.Stdout, cmd.Stderr = &s.log, &s.log
 	return cmd
 }

@@ -38,6 +38,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 func main() {
@@ -60,7 +61,7 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	core, err := pin(o.core)
+	core, err := measure.Pin(o.core)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "nlb bench: %v\n", err)
 		os.Exit(1)
@@ -134,7 +135,7 @@ func bench(ctx context.Context, o *options, progress io.Writer) (r *report, err 
 	// between them.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	load := loadAverage()
-	all, err := measure(ctx, sites, o, progress)
+	all, err := runRounds(ctx, sites, o, progress)
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +150,7 @@ func bench(ctx context.Context, o *options, progress io.Writer) (r *report, err 
 // urgency to this program and the balancers. calm takes it back from the
 // program's session, which may be its user's.
 func hurryAll(sites []*site, core int) (calm func(), err error) {
-	softirqd, err := ksoftirqd(core)
+	softirqd, err := measure.Ksoftirqd(core)
 	if err != nil {
 		return nil, err
 	}

@@ -16,8 +16,8 @@ import (
 // samples are by contestant and round.
 type samples [][]sample
 
-// measure does the rounds.
-func measure(ctx context.Context, sites []*site, o *options, progress io.Writer) (samples, error) {
+// runRounds does the rounds.
+func runRounds(ctx context.Context, sites []*site, o *options, progress io.Writer) (samples, error) {
 	all := make(samples, len(sites))
 	for n := range o.rounds {
 		fmt.Fprintf(progress, "round %d of %d\n", n+1, o.rounds)
@@ -58,12 +58,10 @@ func takeTurns(ctx context.Context, sites []*site, l load, share time.Duration, 
 				return l.run(s, turn, &got[i])
 			})
 			if err != nil {
-				select {
-				case <-s.ended:
+				if s.balancer.Ended() {
 					err = errors.Join(err, errors.New("it has ended"))
-				default:
 				}
-				return fmt.Errorf("%s: %w: %s", s.name, err, &s.log)
+				return fmt.Errorf("%s: %w: %s", s.name, err, &s.balancer.Log)
 			}
 		}
 	}

@@ -7,9 +7,10 @@ import (
 	"math"
 	"os"
 	"strings"
-	"text/tabwriter"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/bench/measure"
 )
 
 // headroom is how much faster than a contestant the way without any balancer
@@ -119,7 +120,7 @@ type quantityReport struct {
 type contestantReport struct {
 	Name   string    `json:"name"`
 	Values []float64 `json:"values"` // by round
-	Summary
+	measure.Summary
 	// Late is how many paced requests had no response, in all rounds.
 	Late int `json:"late,omitempty"`
 	// BoundedByGenerator says that the rate is too near that without a balancer.
@@ -127,10 +128,10 @@ type contestantReport struct {
 }
 
 type goalReport struct {
-	Quantity string  `json:"quantity"`
-	Against  string  `json:"against"`
-	Wanted   string  `json:"wanted"`
-	Ratio    Summary `json:"ratio"`
+	Quantity string          `json:"quantity"`
+	Against  string          `json:"against"`
+	Wanted   string          `json:"wanted"`
+	Ratio    measure.Summary `json:"ratio"`
 	// Rounds is in how many of the rounds the goal was met; Met is whether the
 	// median does.
 	Rounds int  `json:"rounds"`
@@ -180,8 +181,8 @@ func (q *quantity) report(who []contestant, all samples) quantityReport {
 				row.Late += all[i][n].late
 			}
 		}
-		row.Summary = summarize(row.Values)
-		row.BoundedByGenerator = q.limited && i > 0 && summarize(ratios(r.Contestants[0].Values, row.Values)).Median < headroom
+		row.Summary = measure.Summarize(row.Values)
+		row.BoundedByGenerator = q.limited && i > 0 && measure.Summarize(measure.Pairwise(r.Contestants[0].Values, row.Values, measure.Ratio)).Median < headroom
 		r.Contestants = append(r.Contestants, row)
 	}
 	return r
@@ -200,13 +201,13 @@ func (g *goal) report(quantities []quantityReport) goalReport {
 			}
 		}
 	}
-	rounds := ratios(own.Values, other.Values)
+	rounds := measure.Pairwise(own.Values, other.Values, measure.Ratio)
 	for _, ratio := range rounds {
 		if g.met(ratio) {
 			r.Rounds++
 		}
 	}
-	r.Ratio = summarize(rounds)
+	r.Ratio = measure.Summarize(rounds)
 	r.Met = g.met(r.Ratio.Median)
 	r.BoundedByGenerator = own.BoundedByGenerator || other.BoundedByGenerator
 	return r
@@ -225,9 +226,9 @@ func (r *report) table(w io.Writer) error {
 	fmt.Fprintf(w, "Linux %s, core %d, %d rounds of %g s for each load, load average %s.\n", r.Kernel, r.Core, r.Rounds, r.Seconds, r.Load)
 	fmt.Fprintln(w, "nlb has its nftables table, and connections tracked for it; all others have neither.")
 	for _, q := range r.Quantities {
-		fmt.Fprintf(w, "\n%s\n%s", q.Name, aligned(q.rows()))
+		fmt.Fprintf(w, "\n%s\n%s", q.Name, measure.Columns(q.rows()))
 	}
-	_, err := fmt.Fprintf(w, "\ngoals, as ratios within a round\n%s", aligned(r.goalRows()))
+	_, err := fmt.Fprintf(w, "\ngoals, as ratios within a round\n%s", measure.Columns(r.goalRows()))
 	return err
 }
 
@@ -263,18 +264,4 @@ func (r *report) goalRows() [][]string {
 		})
 	}
 	return rows
-}
-
-// aligned makes columns of rows.
-func aligned(rows [][]string) string {
-	var b, trimmed strings.Builder
-	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	for _, row := range rows {
-		fmt.Fprintln(t, strings.Join(row, "\t"))
-	}
-	_ = t.Flush() // to memory
-	for line := range strings.Lines(b.String()) {
-		trimmed.WriteString(strings.TrimRight(line, " \n") + "\n")
-	}
-	return trimmed.String()
 }

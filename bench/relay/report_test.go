@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"nlb/bench/measure"
 )
 
 // made are samples of so many connections in a second of the core, of which the
@@ -16,6 +18,10 @@ func made(connections ...float64) []sample {
 		s[i].connections = window{n, 2 * time.Second, time.Second, time.Second / 2}
 	}
 	return s
+}
+
+func summary(median, least, most float64) measure.Summary {
+	return measure.Summary{Median: median, Min: least, Max: most}
 }
 
 func TestWindow(t *testing.T) {
@@ -35,9 +41,9 @@ func TestQuantity(t *testing.T) {
 	all := samples{made(1500, 3000), made(1000, 1900), made(1001, 2100)}
 	rate, cost := quantities[0], quantities[3]
 	want := []contestantReport{
-		{Name: "router", Values: []float64{1500, 3000}, Summary: Summary{2250, 1500, 3000}},
-		{Name: "slow", Values: []float64{1000, 1900}, Summary: Summary{1450, 1000, 1900}},
-		{Name: "fast", Values: []float64{1001, 2100}, Summary: Summary{1550.5, 1001, 2100}, BoundedByGenerator: true},
+		{Name: "router", Values: []float64{1500, 3000}, Summary: summary(2250, 1500, 3000)},
+		{Name: "slow", Values: []float64{1000, 1900}, Summary: summary(1450, 1000, 1900)},
+		{Name: "fast", Values: []float64{1001, 2100}, Summary: summary(1550.5, 1001, 2100), BoundedByGenerator: true},
 	}
 	if diff := cmp.Diff(want, rate.report(who, all).Contestants); diff != "" {
 		t.Error(diff)
@@ -101,13 +107,13 @@ func TestTable(t *testing.T) {
 	g := goal{"rate", haproxy, 1.05, atLeast}
 	r := report{Kernel: "6.1", Core: 3, Rounds: 2, Seconds: 0.5, Load: "0.10 before, 1.00 after",
 		Quantities: []quantityReport{{Name: "rate", decimals: 1, Contestants: []contestantReport{
-			{Name: "router", Summary: Summary{2000, 1990, 2010}},
-			{Name: nlb, Summary: Summary{1000, 990, 1010}, Late: 3},
-			{Name: haproxy, Summary: Summary{1900, 1890, 1910}, BoundedByGenerator: true},
+			{Name: "router", Summary: summary(2000, 1990, 2010)},
+			{Name: nlb, Summary: summary(1000, 990, 1010), Late: 3},
+			{Name: haproxy, Summary: summary(1900, 1890, 1910), BoundedByGenerator: true},
 		}}},
 		Goals: []goalReport{
-			{Quantity: "rate", Against: haproxy, Wanted: ">= 1.05", Ratio: Summary{1.0999, 1, 1.2}, Rounds: 1, Met: true, goal: &g},
-			{Quantity: "rate", Against: haproxy, Wanted: ">= 1.05", Ratio: Summary{0.9, 0.8, 1}, BoundedByGenerator: true, goal: &g},
+			{Quantity: "rate", Against: haproxy, Wanted: ">= 1.05", Ratio: summary(1.0999, 1, 1.2), Rounds: 1, Met: true, goal: &g},
+			{Quantity: "rate", Against: haproxy, Wanted: ">= 1.05", Ratio: summary(0.9, 0.8, 1), BoundedByGenerator: true, goal: &g},
 		},
 	}
 	const want = `Linux 6.1, core 3, 2 rounds of 0.5 s for each load, load average 0.10 before, 1.00 after.

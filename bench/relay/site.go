@@ -1,21 +1,19 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 // A site is a contestant made real: a network of its own, alike for all, with
@@ -23,17 +21,15 @@ import (
 type site struct {
 	contestant
 	*lab.Topology
-	dir     string
-	cmd     *exec.Cmd     // nil where nothing runs
-	ended   chan struct{} // closed when the command has
-	log     logBuffer
-	meter   meter
-	station *station
+	dir      string
+	balancer measure.Daemon // where there is one
+	meter    meter
+	station  *station
 }
 
 // newSite builds a contestant's network, which is ready for traffic then.
 func newSite(ctx context.Context, c contestant, o *options) (*site, error) {
-	s := &site{contestant: c, ended: make(chan struct{})}
+	s := &site{contestant: c}
 	if err := s.build(ctx, o); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
@@ -86,9 +82,7 @@ func (s *site) close() error {
 	if s.Topology != nil {
 		errs = append(errs, s.Topology.Close()) // ends the balancer too
 	}
-	if s.cmd != nil {
-		<-s.ended
-	}
+	s.balancer.Join()
 	if s.dir != "" {
 		errs = append(errs, os.RemoveAll(s.dir))
 	}
@@ -104,14 +98,9 @@ func (s *site) run(o *options) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := cmd.Start(); err != nil {
+	if err := s.balancer.Start(cmd); err != nil {
 		return fmt.Errorf("start: %w", err)
 	}
-	s.cmd = cmd
-	go func() {
-		_ = cmd.Wait() // await reports an end that nobody wanted
-		close(s.ended)
-	}()
 	return nil
 }
 
@@ -122,23 +111,14 @@ const startTime = 20 * time.Second
 // await waits until a connection comes through the balancer, with the right
 // header, and the kernel tracks it, or not, as it should.
 func (s *site) await(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, startTime)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := s.try()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-tick.C:
-		case <-s.ended:
-			return fmt.Errorf("it has ended: %s", &s.log)
-		case <-ctx.Done():
-			return fmt.Errorf("waited in vain: %w\n%s", err, &s.log)
-		}
+	err := s.balancer.Await(ctx, startTime, func(context.Context) error { return s.try() })
+	switch {
+	case errors.Is(err, measure.ErrEnded):
+		return fmt.Errorf("it has ended: %s", &s.balancer.Log)
+	case err != nil:
+		return fmt.Errorf("waited in vain: %w\n%s", err, &s.balancer.Log)
 	}
+	return nil
 }
 
 func (s *site) try() error {
@@ -195,22 +175,4 @@ func (s *site) hurry() error {
 		}
 	}
 	return nil
-}
-
-// A logBuffer keeps what a process prints.
-type logBuffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer // guarded by mu
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.TrimSpace(l.text.String())
 }
