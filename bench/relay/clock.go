@@ -26,20 +26,64 @@ var autogroup = regexp.MustCompile(`^/autogroup-\d+ nice (-?\d+)\n?$`)
 func hurry(pid int) (calm func(), err error) {
 	name := fmt.Sprintf("/proc/%d/autogroup", pid)
 	text, err := os.ReadFile(name)
-	switch {
-	case errors.Is(err, os.ErrNotExist): // the kernel has none
-		return func() {}, unix.Setpriority(unix.PRIO_PROCESS, pid, urgency)
-	case err != nil:
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	before := autogroup.FindSubmatch(text)
-	if before == nil {
-		return nil, fmt.Errorf("%s: %q is not understood", name, text)
+	before, grouped, err := groupNice(text)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w", name, err)
+	case !grouped:
+		return hurryThreads(pid)
 	}
 	if err := os.WriteFile(name, []byte(strconv.Itoa(urgency)), 0); err != nil {
 		return nil, err
 	}
-	return func() { _ = os.WriteFile(name, before[1], 0) }, nil
+	return func() { _ = os.WriteFile(name, []byte(before), 0) }, nil
+}
+
+// groupNice reads the nice value of a session from its /proc/PID/autogroup,
+// which is empty where the kernel has no autogroups, and in the group of the
+// kernel's own that everything is in until somebody calls setsid(2).
+func groupNice(text []byte) (nice string, grouped bool, err error) {
+	if len(text) == 0 {
+		return "", false, nil
+	}
+	found := autogroup.FindSubmatch(text)
+	if found == nil {
+		return "", false, fmt.Errorf("%q is not understood", text)
+	}
+	return string(found[1]), true, nil
+}
+
+// hurryThreads gives urgency to the threads of a process one by one: Linux has
+// nice values of threads, and later threads inherit them (setpriority(2), "C
+// library/kernel differences").
+func hurryThreads(pid int) (calm func(), err error) {
+	raw, err := unix.Getpriority(unix.PRIO_PROCESS, pid)
+	if err != nil {
+		return nil, err
+	}
+	before := 20 - raw // the system call's own form, which is never negative
+	return func() { _ = reniceThreads(pid, before) }, reniceThreads(pid, urgency)
+}
+
+func reniceThreads(pid, nice int) error {
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		return err
+	}
+	for _, t := range threads {
+		id, err := strconv.Atoi(t.Name())
+		if err != nil {
+			return err
+		}
+		err = unix.Setpriority(unix.PRIO_PROCESS, id, nice)
+		if err != nil && !errors.Is(err, unix.ESRCH) { // it has ended
+			return err
+		}
+	}
+	return nil
 }
 
 // A meter tells what a window of time cost. The core's work is the CPU time of

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -111,24 +112,54 @@ func TestWhatIsMissingIsSaid(t *testing.T) {
 	}
 }
 
-// TestHurry: the urgency is gone again afterwards.
+// TestHurry: the urgency is there, by either way, and gone again afterwards.
 func TestHurry(t *testing.T) {
-	autogroupOf := func() string {
+	self := os.Getpid()
+	niceOf := func() string {
+		t.Helper()
 		text, err := os.ReadFile("/proc/self/autogroup")
 		if err != nil && !os.IsNotExist(err) {
 			t.Fatal(err)
 		}
-		return string(text)
+		group, _, err := groupNice(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := unix.Getpriority(unix.PRIO_PROCESS, self)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprintf("%s/%d", group, 20-raw)
 	}
-	before := autogroupOf()
-	calm, err := hurry(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
+	for name, way := range map[string]func(int) (func(), error){"whole": hurry, "threads": hurryThreads} {
+		before := niceOf()
+		calm, err := way(self)
+		if err != nil {
+			t.Fatal(err)
+		}
+		during := niceOf()
+		calm()
+		if !strings.Contains(during, strconv.Itoa(urgency)) || niceOf() != before {
+			t.Errorf("%s: %q, then %q, then %q", name, before, during, niceOf())
+		}
 	}
-	during := autogroupOf()
-	calm()
-	if before != "" && !strings.HasSuffix(during, "nice "+strconv.Itoa(urgency)+"\n") || autogroupOf() != before {
-		t.Errorf("%q, then %q, then %q", before, during, autogroupOf())
+}
+
+func TestGroupNice(t *testing.T) {
+	for _, c := range []struct {
+		text, nice string
+		grouped    bool
+		fails      bool
+	}{
+		{text: "/autogroup-12 nice -15\n", nice: "-15", grouped: true},
+		{text: "/autogroup-3 nice 0\n", nice: "0", grouped: true},
+		{text: ""}, // no autogroups, or in the kernel's own
+		{text: "/autogroup nice\n", fails: true},
+	} {
+		nice, grouped, err := groupNice([]byte(c.text))
+		if nice != c.nice || grouped != c.grouped || (err != nil) != c.fails {
+			t.Errorf("%q: %q, %v, %v", c.text, nice, grouped, err)
+		}
 	}
 }
 
