@@ -56,7 +56,7 @@ bench-scale: need-root need-go ## measure what a thousand listeners cost; root
 bench-path: need-root need-go build ## compare the established path with the smallest ruleset that does the job; root, about 45 s
 	@$(GO) run ./bench/path -nlb bin/nlb
 
-bench-relay: need-root need-go deps build ## compare the relay with HAProxy and nginx; root, about 2.5 min
+bench-relay: need-root need-go deps build ## compare the relay with HAProxy and nginx; root, about 3 min
 	@$(GO) run ./bench/relay -nlb bin/nlb
 
 deps: ## install the Debian packages that the tests need (deploy/packages)

@@ -28,7 +28,9 @@ func forward(spec *Spec, seen View, groups []TargetGroupStatus) *Desired {
 			VIPs:     vipAddresses(spec),
 			Sources:  sortedSet(spec.SourceAddresses, netip.Addr.Compare),
 			Services: services(spec, byName),
-			Pools:    pools(spec, byName, seen, groups),
+
+			UntrackedRelay: spec.UntrackedRelay,
+			Pools:          pools(spec, byName, seen, groups),
 		},
 		Bound: boundVIPs(spec),
 	}

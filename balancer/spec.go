@@ -111,9 +111,12 @@ type Spec struct {
 	// connections and probes. Empty for a family means: per target, the source
 	// of the route towards it.
 	SourceAddresses []netip.Addr
-	VIPs            []VIP
-	Listeners       []Listener
-	TargetGroups    []TargetGroup
+	// UntrackedRelay keeps relayed connections out of connection tracking; see
+	// Table.
+	UntrackedRelay bool
+	VIPs           []VIP
+	Listeners      []Listener
+	TargetGroups   []TargetGroup
 }
 
 // Group returns the target group of that name, or nil.

@@ -13,6 +13,12 @@ type staleness struct {
 	// leaving has the targets whose UDP flows do not wait for a deadline.
 	leaving map[TargetKey]bool
 	here    map[TargetKey]bool
+	// untracked says that entries of what the relay has alone are left from
+	// another time; see leftTracked.
+	untracked  bool
+	relayed    map[netip.AddrPort]bool // services
+	relayDests map[netip.AddrPort]bool
+	sources    map[netip.Addr]bool
 }
 
 type serviceAddr struct {
@@ -22,10 +28,18 @@ type serviceAddr struct {
 
 // newStaleness judges by what should hold now. Vips are those that we have, or
 // had a moment ago.
-func newStaleness(want *Desired, groups []TargetGroupStatus, vips map[netip.Addr]bool) *staleness {
+func newStaleness(want *Desired, groups []TargetGroupStatus, vips map[netip.Addr]bool, untracked bool) *staleness {
 	j := &staleness{
 		services: make(map[serviceAddr]map[string]bool), vips: vips,
 		leaving: make(map[TargetKey]bool), here: make(map[TargetKey]bool),
+		untracked: untracked,
+	}
+	if untracked {
+		only := want.Table.RelayedOnly()
+		j.relayed, j.relayDests, j.sources = make(map[netip.AddrPort]bool), setOf(only.Destinations), setOf(only.Sources)
+		for _, s := range only.Services {
+			j.relayed[netip.AddrPortFrom(s.Address, s.Port)] = true
+		}
 	}
 	for _, s := range want.Table.Services {
 		pools := make(map[string]bool, len(s.Pools))
@@ -51,7 +65,26 @@ func newStaleness(want *Desired, groups []TargetGroupStatus, vips map[netip.Addr
 	return j
 }
 
+func setOf[E comparable](list []E) map[E]bool {
+	set := make(map[E]bool, len(list))
+	for _, e := range list {
+		set[e] = true
+	}
+	return set
+}
+
+// leftTracked reports whether an entry of a relayed connection has missed packets
+// because they were not tracked. If the connection is tracked again, conntrack
+// takes what follows for invalid, while one that it does not know is picked up.
+func (j *staleness) leftTracked(f Flow) bool {
+	return j.untracked && f.Protocol == ProtoTCP && f.Target == f.VIP &&
+		(j.relayed[f.VIP] || j.relayDests[f.VIP] && j.sources[f.Client.Addr()])
+}
+
 func (j *staleness) stale(f Flow) bool {
+	if j.leftTracked(f) {
+		return true
+	}
 	pools, served := j.services[serviceAddr{f.Protocol, f.VIP}]
 	switch {
 	case served && !f.Ours && f.Target == f.VIP:

@@ -31,7 +31,7 @@ func TestStaleFlows(t *testing.T) {
 	groups := Targets(spec, seen)
 	vip := netip.AddrPortFrom(spec.Listeners[0].VIP, spec.Listeners[0].Port)
 	vips := map[netip.Addr]bool{vip.Addr(): true}
-	j := newStaleness(Forward(spec, seen), groups, vips)
+	j := newStaleness(Forward(spec, seen), groups, vips, false)
 	client := at("203.0.113.9:40112")
 	to := func(proto uint8, target string) Flow {
 		key := webKey(target)

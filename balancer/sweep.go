@@ -100,7 +100,8 @@ func (s *Sweeper) sweep(ctx context.Context, snapshot *Snapshot, now time.Time) 
 	for _, a := range snapshot.Desired.Table.VIPs {
 		s.vips[a] = true
 	}
-	j := newStaleness(snapshot.Desired, snapshot.Groups, s.vips)
+	untracked := snapshot.Desired.Table.UntrackedRelay || s.judged != nil && s.judged.Desired.Table.UntrackedRelay
+	j := newStaleness(snapshot.Desired, snapshot.Groups, s.vips, untracked)
 	n, err := s.flows.Prune(ctx, j.stale)
 	if err != nil {
 		s.failed(ctx, "stale flows cannot be removed, trying again", err)

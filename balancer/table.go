@@ -16,9 +16,12 @@ type Table struct {
 	VIPs []netip.Addr
 	// Sources is the SNAT pool. Where a family has none, each Destination
 	// brings its own.
-	Sources  []netip.Addr
-	Services []VirtualService
-	Pools    []Pool
+	Sources []netip.Addr
+	// UntrackedRelay keeps the connections of services that are relayed only,
+	// and those of the relay to its destinations, out of connection tracking.
+	UntrackedRelay bool
+	Services       []VirtualService
+	Pools          []Pool
 }
 
 // A HashKey is random per installation and survives restarts.

@@ -137,6 +137,7 @@ func TestFull(t *testing.T) {
 		File: "full.good.yml",
 		Spec: &balancer.Spec{
 			SourceAddresses: []netip.Addr{addr("10.0.0.2"), addr("10.0.0.3"), addr("2001:db8:1::2")},
+			UntrackedRelay:  true,
 			VIPs:            []balancer.VIP{{Address: vip4, Interface: "eth0.100"}, {Address: vip6}},
 			Listeners: []balancer.Listener{{
 				Name: "dns", VIP: vip6, Protocol: balancer.TCPUDP, Port: 53,

@@ -30,6 +30,7 @@ type rawFile struct {
 	Log       rawLog                `yaml:"log" doc:"What is logged and how."`
 	Metrics   rawMetrics            `yaml:"metrics" doc:"Where Prometheus metrics are served."`
 
+	Relay           rawRelay         `yaml:"relay" doc:"How relayed connections are treated."`
 	SourceAddresses []rawAddress     `yaml:"source_addresses" doc:"The balancer's own addresses, one or more per family: SNAT pool, source of relayed connections and of health checks. Never a VIP. Default: per target, the source of the route towards it, if that is no VIP."`
 	VIPs            []rawVIP         `yaml:"vips" doc:"The addresses that listeners answer on."`
 	Listeners       []rawListener    `yaml:"listeners" doc:"What is accepted, and where it is forwarded."`
@@ -63,6 +64,12 @@ type rawMetrics struct {
 	mapping `yaml:"-"`
 
 	Address value[string, hostPort] `yaml:"address" default:"127.0.0.1:9469" doc:"host:port to serve metrics on; empty turns them off. Also --metrics-address and NLB_METRICS_ADDRESS."`
+}
+
+type rawRelay struct {
+	mapping `yaml:"-"`
+
+	Conntrack rawBool `yaml:"conntrack" default:"true" doc:"Whether the kernel tracks the connections of listeners whose groups are all relayed, and the relay's own to targets. Without, they cost less, and a firewall of this host that goes by connection state must let untracked packets pass."`
 }
 
 type rawVIP struct {

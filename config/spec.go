@@ -12,6 +12,7 @@ import (
 func (f *rawFile) spec() *balancer.Spec {
 	return &balancer.Spec{
 		SourceAddresses: each(f.SourceAddresses, (*rawAddress).value),
+		UntrackedRelay:  !f.Relay.Conntrack.V,
 		VIPs: each(f.VIPs, func(v *rawVIP) balancer.VIP {
 			return balancer.VIP{Address: v.Address.V, Interface: v.Interface.V}
 		}),

@@ -248,7 +248,7 @@ func remedy(e unix.Errno) string {
 	case unix.EPERM:
 		return " (needs CAP_NET_ADMIN: run as root)"
 	case unix.ENOENT, unix.EOPNOTSUPP:
-		return " (a kernel part may be missing: modprobe nft_chain_nat nft_ct nft_hash)"
+		return " (a kernel part may be missing: modprobe nft_chain_nat nft_ct nft_hash nft_socket)"
 	case unix.ENOMEM, unix.ENOBUFS:
 		return " (out of kernel memory)"
 	}

@@ -399,6 +399,34 @@ func (b *ruleBuilder) originalDestInSet(f *family, set string) {
 	b.say("ct original %s daddr @%s", f.ip, set)
 }
 
+// destService loads the address, protocol and port that a packet is for.
+func (b *ruleBuilder) destService(f *family) {
+	b.family(f)
+	b.loadDest(f, 0)
+	b.loadMeta(unix.NFT_META_L4PROTO, reg(f.addrRegs))
+	b.loadDestPort(reg(f.addrRegs + 1))
+	b.say("%s daddr . meta l4proto . th dport", f.ip)
+}
+
+// destServiceInSet matches packets to an address and port that is in a set.
+func (b *ruleBuilder) destServiceInSet(f *family, set string) {
+	b.destService(f)
+	b.inSet(set, 0, false)
+	b.say("@%s", set)
+}
+
+// ownSocket matches packets for a socket that is bound to one address: a
+// connection's, or one that listens there.
+func (b *ruleBuilder) ownSocket() {
+	const socketKey, socketDreg, wildcard = 1, 2, 2 // NFTA_SOCKET_KEY, NFTA_SOCKET_DREG, NFT_SOCKET_WILDCARD
+	b.expr("socket", func(a *attrs) {
+		a.u32(socketKey, wildcard)
+		a.u32(socketDreg, reg(0).number())
+	})
+	b.cmp(unix.NFT_CMP_EQ, 0, []byte{0})
+	b.say("socket wildcard 0")
+}
+
 // sourceServiceInSet matches packets from an address and port that is a target.
 func (b *ruleBuilder) sourceServiceInSet(f *family, set string) {
 	b.family(f)

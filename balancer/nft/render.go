@@ -86,8 +86,11 @@ func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 	if observed {
 		renderOutcomes(rs)
 	}
-	for _, c := range baseChains(len(ended.Elems) > 0, observed) {
+	for _, c := range baseChains(len(ended.Elems) > 0, observed, t.UntrackedRelay) {
 		rs.addChain(c)
+	}
+	if t.UntrackedRelay {
+		renderUntracked(rs, t)
 	}
 	renderSource(rs, t, n)
 	return rs
@@ -106,8 +109,8 @@ func tableKeys(t *balancer.Table) (keys []balancer.TargetKey) {
 
 // baseChains are hooked in. Only while flows are being ended, or how they begin is
 // counted, do the filters look for that: otherwise a packet has nothing to pay
-// for it.
-func baseChains(ending, observed bool) []*Chain {
+// for it. The same goes for what lets untracked packets in.
+func baseChains(ending, observed, untracked bool) []*Chain {
 	nat := func(name string, hook uint32, priority int32, rules ...Rule) *Chain {
 		return &Chain{Name: name, Base: &Base{Type: "nat", Hook: hook, Priority: priority}, Rules: rules}
 	}
@@ -121,8 +124,12 @@ func baseChains(ending, observed bool) []*Chain {
 		return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityFilter}, Rules: rules}
 	}
 	toDispatch := rule(func(b *ruleBuilder) { b.jump(chainDispatch) })
+	fromOutside, guard := []Rule{toDispatch}, guardRules()
+	if untracked {
+		fromOutside, guard = append(relayedBefore(), toDispatch), append(guardUntracked(), guard...)
+	}
 	return []*Chain{
-		nat("prerouting", unix.NF_INET_PRE_ROUTING, priorityDNAT, toDispatch),
+		nat("prerouting", unix.NF_INET_PRE_ROUTING, priorityDNAT, fromOutside...),
 		nat("output", unix.NF_INET_LOCAL_OUT, priorityDNAT,
 			rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.ProbeMark); b.returns() }), toDispatch),
 		nat("postrouting", unix.NF_INET_POST_ROUTING, prioritySNAT, sourceWanted()...),
@@ -135,7 +142,7 @@ func baseChains(ending, observed bool) []*Chain {
 		{Name: "prompts", Base: &Base{Type: "filter", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityRaw}, Rules: []Rule{promptRule()}},
 		{Name: chainDispatch, Rules: dispatchRules()},
 		{Name: chainUnwanted, Rules: unwantedRules()},
-		{Name: chainGuard, Rules: guardRules()},
+		{Name: chainGuard, Rules: guard},
 	}
 }
 
@@ -150,11 +157,7 @@ func eachFamily(fill func(*ruleBuilder, *family)) (rules []Rule) {
 // for a VIP and no listener's is unwanted.
 func dispatchRules() []Rule {
 	toListener := eachFamily(func(b *ruleBuilder, f *family) {
-		b.family(f)
-		b.loadDest(f, 0)
-		b.loadMeta(unix.NFT_META_L4PROTO, reg(f.addrRegs))
-		b.loadDestPort(reg(f.addrRegs + 1))
-		b.say("%s daddr . meta l4proto . th dport", f.ip)
+		b.destService(f)
 		b.vmap("services"+f.name, 0)
 	})
 	return append(toListener, eachFamily(func(b *ruleBuilder, f *family) {
@@ -460,12 +463,9 @@ func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService)
 	c := &Chain{Name: serviceChain(svc.Name)}
 	rs.addChain(c)
 	if !allowsAll(svc.Allow) {
-		s := &Set{Name: "allow." + svc.Name, kind: prefixKinds[f], Elems: prefixElems(aggregate(svc.Allow))}
+		s := &Set{Name: allowName(svc), kind: prefixKinds[f], Elems: prefixElems(aggregate(svc.Allow))}
 		rs.addSet(s)
-		c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
-			b.sourceInSet(f, s.Name, true)
-			b.dropAs(counterNotAllowed)
-		}))
+		c.Rules = append(c.Rules, allowRule(svc, f))
 	}
 	if slices.Contains(svc.Protocols, balancer.ProtoTCP) {
 		seconds := uint32(svc.IdleTimeout.Seconds())
@@ -479,6 +479,16 @@ func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService)
 		}))
 	}
 	c.Rules = append(c.Rules, poolRule(rs, t, svc, f))
+}
+
+func allowName(svc *balancer.VirtualService) string { return "allow." + svc.Name }
+
+// allowRule drops the clients that a listener does not allow.
+func allowRule(svc *balancer.VirtualService, f *family) Rule {
+	return rule(func(b *ruleBuilder) {
+		b.sourceInSet(f, allowName(svc), true)
+		b.dropAs(counterNotAllowed)
+	})
 }
 
 // poolRule goes to the listener's group, chosen by weight if there are several.
@@ -503,11 +513,16 @@ func poolRule(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, f *f
 	}
 	share.Elems = append(share.Elems, Elem{Key: bigKey(total), End: true})
 	rs.addSet(share.sort())
+	return shareRule(t, svc, f, share.Name, total)
+}
+
+// shareRule has the verdict of the flow's share among so many.
+func shareRule(t *balancer.Table, svc *balancer.VirtualService, f *family, shares string, total uint32) Rule {
 	return rule(func(b *ruleBuilder) {
 		b.family(f)
 		b.jhash(f, svc.Sticky, total, maglev.Seed(t.Key, "group"))
 		b.toNetworkOrder()
-		b.vmap(share.Name, 0)
+		b.vmap(shares, 0)
 	})
 }
 
@@ -590,11 +605,8 @@ func (r *renderedPool) renderFamily(f *family) {
 	r.chains = append(r.chains, group)
 	drop := rule(func(b *ruleBuilder) { b.dropAs(counterNoTarget) })
 	defer func() { group.Rules = append(group.Rules, drop) }()
-	if r.onlyRelays(mine) {
-		// Where those of one family are all out, the relay takes the other's.
-		if slices.ContainsFunc(p.Destinations, func(d balancer.Destination) bool {
-			return d.Weight > 0 && p.ClientIPOf(&d) == balancer.ProxyProtocolV2
-		}) {
+	if onlyRelays(p, mine) {
+		if takesRelayed(p) {
 			group.Rules = append(group.Rules, toRelay(f))
 		}
 		return
@@ -629,9 +641,17 @@ func (r *renderedPool) renderFamily(f *family) {
 }
 
 // onlyRelays reports that the kernel need not choose among the destinations.
-func (r *renderedPool) onlyRelays(mine []int) bool {
+func onlyRelays(p *balancer.Pool, mine []int) bool {
 	return !slices.ContainsFunc(mine, func(d int) bool {
-		return r.pool.ClientIPOf(&r.pool.Destinations[d]) != balancer.ProxyProtocolV2
+		return p.ClientIPOf(&p.Destinations[d]) != balancer.ProxyProtocolV2
+	})
+}
+
+// takesRelayed reports whether the relay has a target for new flows. Where those
+// of one family are all out, it takes the other's.
+func takesRelayed(p *balancer.Pool) bool {
+	return slices.ContainsFunc(p.Destinations, func(d balancer.Destination) bool {
+		return d.Weight > 0 && p.ClientIPOf(&d) == balancer.ProxyProtocolV2
 	})
 }
 

@@ -167,6 +167,7 @@ func TestDiffOfRulesOnDemand(t *testing.T) {
 	}{
 		{"terminate", active, ending}, {"terminated", ending, active},
 		{"observe", everything(), observing()}, {"unobserve", observing(), everything()},
+		{"untrack", tracking(), untracking()}, {"track", untracking(), tracking()},
 	} {
 		n, err := newNumbers().assign(tableKeys(tt.before))
 		if err != nil {

@@ -113,7 +113,7 @@ func TestRefusalNamesItsStep(t *testing.T) {
 	plan := p.(*Plan)
 	plan.steps = append(plan.steps, delChain{"nowhere"})
 	err = d.Apply(t.Context(), plan)
-	const text = "delete chain inet nlb nowhere: no such file or directory (a kernel part may be missing: modprobe nft_chain_nat nft_ct nft_hash)"
+	const text = "delete chain inet nlb nowhere: no such file or directory (a kernel part may be missing: modprobe nft_chain_nat nft_ct nft_hash nft_socket)"
 	if err == nil || err.Error() != text {
 		t.Errorf("got  %v\nwant %s", err, text)
 	}

@@ -22,7 +22,7 @@ const (
 type contestant struct {
 	name    string
 	version version // of the header that the target gets
-	// tracked says that the kernel is to track connections in the balancer's
+	// tracked says that the kernel is to track relayed connections in the balancer's
 	// namespace, which nlb's table makes it do, and no other contestant must pay.
 	tracked bool
 	// start makes the balancer's command; nil where there is none.
@@ -32,6 +32,7 @@ type contestant struct {
 const (
 	direct        = "no balancer, a router"
 	nlb           = "nlb"
+	nlbUntracked  = "nlb, untracked"
 	engine        = "nlb's relay alone, no nft"
 	haproxy       = "HAProxy"
 	haproxySplice = "HAProxy, splice"
@@ -41,7 +42,8 @@ const (
 // The first one is without a balancer: the others are measured by it.
 var contestants = []contestant{
 	{name: direct},
-	{name: nlb, version: v2, tracked: true, start: startNLB},
+	{name: nlb, version: v2, tracked: true, start: func(s *site, o *options) (*exec.Cmd, error) { return startNLB(s, o, "true") }},
+	{name: nlbUntracked, version: v2, start: func(s *site, o *options) (*exec.Cmd, error) { return startNLB(s, o, "false") }},
 	{name: engine, version: v2, start: startEngine},
 	{name: haproxy, version: v2, start: func(s *site, o *options) (*exec.Cmd, error) { return startHAProxy(s, o, "") }},
 	{name: haproxySplice, version: v2, start: func(s *site, o *options) (*exec.Cmd, error) {
@@ -52,6 +54,7 @@ var contestants = []contestant{
 
 // nlbConfig finds the target healthy once, at the start.
 const nlbConfig = `source_addresses: [SOURCE]
+relay: {conntrack: TRACKED}
 vips: [{address: VIP, interface: lo}]
 metrics: {address: ""}
 listeners:
@@ -65,12 +68,12 @@ target_groups:
     targets: [{address: TARGET}]
 `
 
-func startNLB(s *site, o *options) (*exec.Cmd, error) {
+func startNLB(s *site, o *options, tracked string) (*exec.Cmd, error) {
 	program, err := filepath.Abs(o.nlb)
 	if err != nil {
 		return nil, err
 	}
-	config, err := s.write("nlb.yaml", nlbConfig)
+	config, err := s.write("nlb.yaml", strings.Replace(nlbConfig, "TRACKED", tracked, 1))
 	if err != nil {
 		return nil, err
 	}

@@ -8,7 +8,8 @@
 // all there from the beginning), because nlb's nftables table makes the kernel
 // track connections in the balancer's namespace: that is measured with nlb, as
 // installed, and nobody else pays for it. "nlb's relay alone" is the same relay
-// without the table; the difference is what the table costs.
+// without the table; the difference is what the table costs. "nlb, untracked" has
+// the table and relay.conntrack: false.
 //
 // The contestants take turns in an order that changes, and all others are idle
 // meanwhile. A ratio compares two contestants within a round, and the median

@@ -224,7 +224,7 @@ func (r *report) write(w io.Writer, format string) error {
 
 func (r *report) table(w io.Writer) error {
 	fmt.Fprintf(w, "Linux %s, core %d, %d rounds of %g s for each load, load average %s.\n", r.Kernel, r.Core, r.Rounds, r.Seconds, r.Load)
-	fmt.Fprintln(w, "nlb has its nftables table, and connections tracked for it; all others have neither.")
+	fmt.Fprintln(w, "nlb has its nftables table, and connections tracked for it unless it says otherwise; all others have neither.")
 	for _, q := range r.Quantities {
 		fmt.Fprintf(w, "\n%s\n%s", q.Name, measure.Columns(q.rows()))
 	}

@@ -117,7 +117,7 @@ func TestTable(t *testing.T) {
 		},
 	}
 	const want = `Linux 6.1, core 3, 2 rounds of 0.5 s for each load, load average 0.10 before, 1.00 after.
-nlb has its nftables table, and connections tracked for it; all others have neither.
+nlb has its nftables table, and connections tracked for it unless it says otherwise; all others have neither.
 
 rate
            median  min .. max

@@ -133,9 +133,13 @@ func (s *site) try() error {
 		if err != nil {
 			return err
 		}
-		count := strings.TrimSpace(string(text))
-		if tracked := count != "0"; tracked != s.tracked {
-			return fmt.Errorf("%s connections are tracked on the balancer's node", count)
+		count, err := strconv.Atoi(strings.TrimSpace(string(text)))
+		if err != nil {
+			return err
+		}
+		// A health check is one connection, to another port, and a relayed one is two.
+		if tracked := count > 1; tracked != s.tracked {
+			return fmt.Errorf("%d connections are tracked on the balancer's node", count)
 		}
 		return nil
 	})

@@ -11,11 +11,12 @@ import (
 // A config is a configuration file. Its zero values are left out of the file,
 // so that what the program makes of their absence is tested too.
 type config struct {
-	Sources   []netip.Addr `yaml:"source_addresses,omitempty"`
-	VIPs      []vip        `yaml:"vips"`
-	Metrics   metrics      `yaml:"metrics"`
-	Listeners []listener   `yaml:"listeners"`
-	Groups    []group      `yaml:"target_groups"`
+	Sources   []netip.Addr   `yaml:"source_addresses,omitempty"`
+	Relay     map[string]any `yaml:"relay,omitempty"`
+	VIPs      []vip          `yaml:"vips"`
+	Metrics   metrics        `yaml:"metrics"`
+	Listeners []listener     `yaml:"listeners"`
+	Groups    []group        `yaml:"target_groups"`
 }
 
 type metrics struct {

@@ -37,6 +37,7 @@ var raced = map[string]bool{
 	"TestModes":                true,
 	"TestRelayComesAndGoes":    true,
 	"TestRelaySurvives":        true,
+	"TestRelayUntrackedSwitch": true,
 	"TestReloadsUnderLoad":     true,
 	"TestStopAtAnyMoment":      true,
 }

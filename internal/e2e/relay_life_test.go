@@ -13,7 +13,10 @@ import (
 // TestRelayDrain takes targets of relayed groups out, by nlb drain and out of the
 // file. They get no new connections. Those they have go on until the deadline, and
 // after it unless the group says that they end then.
-func TestRelayDrain(t *testing.T) {
+func TestRelayDrain(t *testing.T) { relayDrain(t, nil) }
+
+func relayDrain(t *testing.T, setting map[string]any) {
+	t.Helper()
 	t.Parallel()
 	top := routed(t, lab.Options{})
 	serveHeaders(t, top.Targets, targetPort)
@@ -24,7 +27,7 @@ func TestRelayDrain(t *testing.T) {
 		port      uint16
 		terminate bool
 	}{{"cut", cutPort, true}, {"kept", livePort, false}, {"removed", removedPort, true}}
-	c := config{Sources: sources(top), VIPs: both()}
+	c := config{Sources: sources(top), Relay: setting, VIPs: both()}
 	for _, g := range all {
 		p := relayed(g.name, targetPort, targets(top.Targets...))
 		p.Deregister = leaving(delay, g.terminate)
@@ -119,7 +122,10 @@ func TestRelayUnhealthy(t *testing.T) {
 // TestRelayDialFailures has targets that are healthy, and refuse connections or
 // say nothing. Clients do not notice while another one answers; when none does,
 // they are reset.
-func TestRelayDialFailures(t *testing.T) {
+func TestRelayDialFailures(t *testing.T) { relayDialFailures(t, nil) }
+
+func relayDialFailures(t *testing.T, setting map[string]any) {
+	t.Helper()
 	t.Parallel()
 	top := routed(t, lab.Options{Targets: 3})
 	client, good, silent := top.Clients[0], top.Targets[0], top.Targets[2] // nothing listens on the one between
@@ -134,7 +140,9 @@ func TestRelayDialFailures(t *testing.T) {
 	g := relayed("web", targetPort, targets(top.Targets...))
 	g.HealthCheck["port"] = healthPort
 	g.FailOpen = map[string]any{"minimum_healthy_count": 0}
-	d := serving(t, top, relaying(top, webPort, g))
+	c := relaying(top, webPort, g)
+	c.Relay = setting
+	d := serving(t, top, c)
 	for _, f := range families {
 		got := replies(t, client, lab.Call{Network: "tcp", Dst: f.at(webPort), N: 60, Parallel: 60, Timeout: 2 * patience})
 		named(t, "IPv"+f.name+", one of three answers", got, f.addr(top.LB))
@@ -186,13 +194,16 @@ func TestRelayDialFailures(t *testing.T) {
 
 // TestRelayComesAndGoes changes groups between the modes, and takes listeners
 // away, while there are connections: each goes on where it is.
-func TestRelayComesAndGoes(t *testing.T) {
+func TestRelayComesAndGoes(t *testing.T) { relayComesAndGoes(t, nil) }
+
+func relayComesAndGoes(t *testing.T, setting map[string]any) {
+	t.Helper()
 	t.Parallel()
 	top := routed(t, lab.Options{})
 	serveHeaders(t, top.Targets, targetPort)
 	client := top.Clients[0]
 	c := relaying(top, webPort, relayed("web", targetPort, targets(top.Targets...)))
-	c.Groups[0].Deregister = leaving(delay, false)
+	c.Groups[0].Deregister, c.Relay = leaving(delay, false), setting
 	d := serving(t, top, c)
 	pid := d.relay()
 	early := hold(t, client, webPort)

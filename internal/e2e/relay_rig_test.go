@@ -70,8 +70,11 @@ type headed struct {
 }
 
 // beginHeaded reads the header by the rules of a receiver that wants one.
-func beginHeaded(c *net.TCPConn) (*headed, error) {
-	h := &headed{TCPConn: c, in: bufio.NewReader(c), raw: make([]byte, 16)}
+func beginHeaded(c *net.TCPConn) (*headed, error) { return readHeaded(c, bufio.NewReader(c)) }
+
+// readHeaded is beginHeaded where somebody has begun to read.
+func readHeaded(c *net.TCPConn, in *bufio.Reader) (*headed, error) {
+	h := &headed{TCPConn: c, in: in, raw: make([]byte, 16)}
 	h.peer = c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 	if _, err := io.ReadFull(h.in, h.raw); err != nil {
 		return nil, err

@@ -18,6 +18,13 @@ import (
 // relayed, and traffic.
 func relayServed(t *testing.T) (*lab.Topology, *daemon) {
 	t.Helper()
+	top, c := relayedServices(t)
+	return top, serving(t, top, c)
+}
+
+// relayedServices is what relayServed serves.
+func relayedServices(t *testing.T) (*lab.Topology, config) {
+	t.Helper()
 	top := routed(t, lab.Options{Targets: 3})
 	serveHeaders(t, top.Targets, targetPort)
 	for _, n := range top.Targets {
@@ -31,7 +38,7 @@ func relayServed(t *testing.T) (*lab.Topology, *daemon) {
 			c.Groups[i].HealthCheck["port"] = targetPort
 		}
 	}
-	return top, serving(t, top, c)
+	return top, c
 }
 
 // gone waits until a process has ended, if it is not the test's own child, who
