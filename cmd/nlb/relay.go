@@ -80,6 +80,7 @@ func relayTotals(s worker.Stats) map[string]uint64 {
 	return map[string]uint64{
 		"relay_accepted":      s.Accepted,
 		"relay_refused":       s.Refused,
+		"relay_failed":        s.Failed,
 		"relay_exhausted":     s.Exhausted,
 		"relay_no_target":     s.NoTarget,
 		"relay_no_port":       s.NoPort,

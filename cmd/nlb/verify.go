@@ -7,11 +7,11 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"sync"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
@@ -89,20 +89,19 @@ type answer struct {
 func verifyTargets(ctx context.Context, spec *balancer.Spec, g *balancer.TargetGroup, timeout time.Duration) []answer {
 	const atOnce = 64
 	answers := make([]answer, len(g.Targets))
-	turns := make(chan struct{}, atOnce)
-	var all sync.WaitGroup
+	var all errgroup.Group // of which none fails
+	all.SetLimit(atOnce)
 	for i, t := range g.Targets {
-		all.Go(func() {
-			turns <- struct{}{}
-			defer func() { <-turns }()
+		all.Go(func() error {
 			v := verify.Target(ctx, dialFrom(spec.ProbeSource(g, t.Address)), t.AddrPort(), verify.Options{
 				Check: verifyChecks[g.HealthCheck.Protocol],
 				Path:  g.HealthCheck.Path, Host: g.HealthCheck.Host, Timeout: timeout,
 			})
 			answers[i] = answer{t.Address, t.Port, v.Kind, v.Detail}
+			return nil
 		})
 	}
-	all.Wait()
+	_ = all.Wait()
 	return answers
 }
 

@@ -2,8 +2,11 @@ package relay
 
 import (
 	"bufio"
+	"context"
 	"io"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 
@@ -147,3 +150,37 @@ func (quiet) read(int32, []byte) (int, unix.Errno)                       { retur
 func (quiet) write(_ int32, p []byte) (int, unix.Errno)                  { return len(p), 0 }
 func (quiet) finish(int32) unix.Errno                                    { return 0 }
 func (quiet) close(int32)                                                {}
+
+// BenchmarkStats has a thousand targets and says how long they hold up a loop,
+// of the whole.
+func BenchmarkStats(b *testing.B) {
+	var to []netip.AddrPort
+	for i := range uint16(1000) {
+		to = append(to, port(target4, 1000+i))
+	}
+	r, err := New(Options{Loops: 2})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		_ = r.Run(ctx)
+	})
+	if err := r.Configure(tableOf(destinations(to...)), nil); err != nil {
+		b.Fatal(err)
+	}
+	targets := slices.Collect(maps.Values(r.plan.targets))
+	sums := make([]TargetStats, len(targets))
+	b.Run("all", func(b *testing.B) {
+		for b.Loop() {
+			r.Stats()
+		}
+	})
+	b.Run("held", func(b *testing.B) {
+		for b.Loop() {
+			var s Stats
+			s.addLoop(r.loops[0], targets, sums)
+		}
+	})
+}

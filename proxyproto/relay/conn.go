@@ -50,6 +50,8 @@ type conn struct {
 	hash    uint32
 	tried   [maxTries]*target // the last of the tries is the present one
 
+	withdrawn bool // the target left while it was dialed, by no fault of its own
+
 	patient bool // waits for the client's first bytes
 	unheard bool // the header went out alone, and nobody has spoken yet
 

@@ -45,7 +45,7 @@
 //	     ▼     ▼
 //	   closed ◄┘
 //	reset: a RST from either end, a failed write, the idle timeout, the last
-//	target that failed, a target that is taken away: both ends get a RST
+//	target that failed, a target that is being terminated: both ends get a RST
 //
 // # Bytes
 //

@@ -8,8 +8,11 @@ import (
 
 const (
 	// reservedFiles are not for connections: the runtime's, logs, the control
-	// socket, listeners, and what is open when a limit is reached.
+	// socket, and what is open when a limit is reached.
 	reservedFiles = 64
+	// listenerFiles are each listener's: the relay's, whoever's it is, and one on
+	// its way to another process.
+	listenerFiles = 3
 	// loopFiles are each loop's: epoll, the wake-up, the reserve.
 	loopFiles = 3
 	// loopPipes is how many pipes a loop has at most, of two files each: as many
@@ -19,22 +22,33 @@ const (
 
 // A budget says what the descriptors of the process are for.
 type budget struct {
-	connections int // at the same time
-	pipes       int // of each loop
+	files int // that may be open
+	free  int // for connections and listeners
+	pipes int // of each loop
+	most  int // connections, if not 0
 }
 
-// share divides files among connections and the pipes of loops. Pipes get an
+// shareFiles divides files among the pipes of loops and all else. Pipes get an
 // eighth at most, for connections without one still work.
-func shareFiles(files, loops, most int) (budget, error) {
-	b := budget{pipes: min(loopPipes, files/8/2/loops)}
-	b.connections = (files - reservedFiles - loops*(loopFiles+2*b.pipes)) / 2
-	if b.connections < 1 {
-		return budget{}, fmt.Errorf("%d files may be open, too few for a single connection (raise LimitNOFILE)", files)
+func shareFiles(files, loops, most int) budget {
+	b := budget{files: files, most: most, pipes: min(loopPipes, files/8/2/loops)}
+	b.free = files - reservedFiles - loops*(loopFiles+2*b.pipes)
+	return b
+}
+
+// connections is how many there may be at the same time, beside so many
+// listeners.
+func (b budget) connections(listeners int) (int, error) {
+	n := (b.free - listeners*listenerFiles) / 2
+	switch {
+	case n < 1 && listeners == 0:
+		return 0, fmt.Errorf("%d files may be open, too few for a single connection (raise LimitNOFILE)", b.files)
+	case n < 1:
+		return 0, fmt.Errorf("%d files may be open, too few for %d services and a single connection (raise LimitNOFILE)", b.files, listeners)
+	case b.most > 0:
+		n = min(n, b.most)
 	}
-	if most > 0 {
-		b.connections = min(b.connections, most)
-	}
-	return b, nil
+	return n, nil
 }
 
 // raiseFiles raises the number of files that may be open to what is permitted,

@@ -18,6 +18,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"nlb/balancer"
 )
 
 func TestMaxConnections(t *testing.T) {
@@ -323,19 +325,51 @@ func TestUrgent(t *testing.T) {
 func TestShareFiles(t *testing.T) {
 	tests := []struct {
 		files, loops, most int
-		want               budget
-		fails              bool
+		listeners          int
+		pipes, connections int // no connections: an error
 	}{
-		{files: 1024, loops: 2, want: budget{connections: (1024 - 64 - 6 - 128) / 2, pipes: 32}},
-		{files: 1 << 20, loops: 4, want: budget{connections: (1<<20 - 64 - 12 - 2048) / 2, pipes: 256}},
-		{files: 1 << 20, loops: 4, most: 100, want: budget{connections: 100, pipes: 256}},
-		{files: 64, loops: 1, fails: true},
+		{files: 1024, loops: 2, pipes: 32, connections: (1024 - 64 - 6 - 128) / 2},
+		{files: 1024, loops: 2, listeners: 100, pipes: 32, connections: (1024 - 64 - 6 - 128 - 300) / 2},
+		{files: 1024, loops: 2, listeners: 1000, pipes: 32},
+		{files: 1 << 20, loops: 4, pipes: 256, connections: (1<<20 - 64 - 12 - 2048) / 2},
+		{files: 1 << 20, loops: 4, most: 100, listeners: 100, pipes: 256, connections: 100},
+		{files: 64, loops: 1, pipes: 4},
 	}
 	for _, tt := range tests {
-		got, err := shareFiles(tt.files, tt.loops, tt.most)
-		if (err != nil) != tt.fails || got != tt.want {
-			t.Errorf("%+v: %+v, %v", tt, got, err)
+		b := shareFiles(tt.files, tt.loops, tt.most)
+		got, err := b.connections(tt.listeners)
+		if (err != nil) != (tt.connections == 0) || got != tt.connections || b.pipes != tt.pipes {
+			t.Errorf("%+v: %d connections, %d pipes, %v", tt, got, b.pipes, err)
 		}
+	}
+}
+
+// TestListenersTakeFiles: what a relay may open is shared anew when services come
+// and go.
+func TestListenersTakeFiles(t *testing.T) {
+	r := startRelay(t, Options{Loops: 1}, tableOf(nil, vip4))
+	one := r.Stats().MaxConnections
+	two := tableOf(nil, vip4, vip6)
+	if err := r.Configure(two, listenersFor(t, &balancer.Table{Services: two.Services[1:]})); err != nil {
+		t.Fatal(err)
+	}
+	if most, fewer := r.Stats().MaxConnections, (listenerFiles+1)/2; most >= one || most < one-fewer {
+		t.Errorf("%d connections beside two listeners, %d beside one", most, one)
+	}
+	if err := r.Configure(tableOf(nil, vip4), nil); err != nil {
+		t.Fatal(err)
+	}
+	if most := r.Stats().MaxConnections; most != one {
+		t.Errorf("%d connections when there is one listener again, %d before", most, one)
+	}
+	r.files.free = 2 + listenerFiles
+	before := r.Stats()
+	err := r.Configure(two, listenersFor(t, &balancer.Table{Services: two.Services[1:]}))
+	if err == nil || !strings.Contains(err.Error(), "too few for 2 services") {
+		t.Errorf("more services than files: %v", err)
+	}
+	if after := r.Stats(); after.MaxConnections != before.MaxConnections {
+		t.Errorf("a refused table changed %d to %d", before.MaxConnections, after.MaxConnections)
 	}
 }
 

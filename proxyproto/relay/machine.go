@@ -317,6 +317,11 @@ func (m *machine) awaitTarget(c *conn) {
 	switch {
 	case c.client.failed:
 		m.reset(c) // gone, while nothing was read from it
+	case c.withdrawn:
+		c.withdrawn = false
+		m.leaveTarget(c)
+		c.tries--
+		m.dialNext(c)
 	case c.target.failed:
 		err := m.kernel.outcome(c.target.fd)
 		if err == 0 {
@@ -486,6 +491,7 @@ func (m *machine) move(c *conn, d *direction, from, to *socket) bool {
 		}
 		d.large = 0 // ask for a pipe again some time later
 	}
+	m.releasePipe(d) // which is empty: it may be here that urgent bytes came
 	n, ok := m.receive(c, d, from, m.buf[:])
 	if !ok || n == 0 {
 		return ok
@@ -712,7 +718,7 @@ func (m *machine) adoptConns(from, to int) bool {
 		switch {
 		case c.state == dialing && in != nil && !m.plan.takes(c.to()):
 			// Nothing was promised yet: on to the next one, in its turn.
-			c.target.failed = true
+			c.withdrawn = true
 			m.enqueue(c)
 		case m.plan.ends(c.to()):
 			m.reset(c)

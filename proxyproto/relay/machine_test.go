@@ -406,11 +406,11 @@ func TestDialTimeout(t *testing.T) {
 	b.k.wantNoneOpen(b.m)
 }
 
-// TestTargetLeavesWhileDialing: its dial is given up for the next target, and
-// the client need not know.
+// TestTargetLeavesWhileDialing: its dial is given up for the next target, the
+// client need not know, and nobody has failed.
 func TestTargetLeavesWhileDialing(t *testing.T) {
 	b := newBench(t, 2, keepsQuiet)
-	first := b.target
+	first, left := b.target, b.m.conns[0].to()
 	var stays netip.AddrPort
 	for i := range uint16(2) {
 		if at := port(target4, i+1); at.String() != b.dials[0] {
@@ -428,6 +428,12 @@ func TestTargetLeavesWhileDialing(t *testing.T) {
 	b.m.turn(0)
 	if !first.closed || b.client.closed || len(b.dials) != 2 || b.dials[1] != stays.String() {
 		t.Errorf("dials %v, client closed %v", b.dials, b.client.closed)
+	}
+	if got, want := left.tallies[0], (tally{dialed: 1}); got != want {
+		t.Errorf("the target that left counts %+v, want %+v", got, want)
+	}
+	if c := b.m.conns[0]; c.tries != 1 {
+		t.Errorf("%d tries are used up", c.tries)
 	}
 }
 
@@ -491,6 +497,27 @@ func TestBackPressure(t *testing.T) {
 		if d.pipe != nil || d.held != nil {
 			t.Error("an idle direction holds memory")
 		}
+	}
+}
+
+// TestUrgentGivesThePipeBack: a direction that may not splice any more keeps no
+// pipe.
+func TestUrgentGivesThePipeBack(t *testing.T) {
+	b := newBench(t, 1, connects)
+	b.event(b.target)
+	b.client.room = 1 << 20
+	b.target.in = pattern("target", 2<<20)
+	b.event(b.target)
+	d := &b.m.conns[0].down
+	if d.pipe == nil {
+		t.Fatal("nothing was spliced")
+	}
+	b.target.urgent = true
+	b.event(b.target)
+	b.client.room = 1 << 30
+	b.event(b.client)
+	if d.pipe != nil || !bytes.Equal(b.client.got, pattern("target", 2<<20)) {
+		t.Errorf("it keeps a pipe: %v, and %d bytes arrived", d.pipe != nil, len(b.client.got))
 	}
 }
 

@@ -26,7 +26,8 @@ type Options struct {
 	Loops int
 	// MaxConnections is how many connections there may be at a time; more wait in
 	// the listeners' queues. 0 means as many as RLIMIT_NOFILE, which is raised to
-	// its hard limit, has room for; a larger number is lowered to that.
+	// its hard limit, has room for beside the listeners; a larger number is lowered
+	// to that.
 	MaxConnections int
 	// Log gets what an operator should know; nil discards it.
 	Log *zap.Logger
@@ -37,10 +38,11 @@ type Options struct {
 type Relay struct {
 	loops []*loop
 	log   *zap.Logger
-	most  int
+	files budget
 	epoch time.Time
 
 	admitted atomic.Int64
+	most     atomic.Int64 // connections, beside the listeners that there are
 	retired  atomic.Bool
 	done     chan struct{}
 	finish   func() // closes done, once
@@ -69,15 +71,13 @@ func New(o Options) (*Relay, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := shareFiles(files, o.Loops, o.MaxConnections)
+	b := shareFiles(files, o.Loops, o.MaxConnections)
+	most, err := b.connections(0)
 	if err != nil {
 		return nil, err
 	}
-	if b.connections < o.MaxConnections {
-		o.Log.Warn("fewer connections than configured: open files are limited",
-			zap.Int("configured", o.MaxConnections), zap.Int("max_connections", b.connections), zap.Int("files", files))
-	}
-	r := &Relay{log: o.Log, most: b.connections, epoch: time.Now(), done: make(chan struct{})}
+	r := &Relay{log: o.Log, files: b, epoch: time.Now(), done: make(chan struct{})}
+	r.limit(most)
 	r.finish = sync.OnceFunc(func() { close(r.done) })
 	if r.plan, err = compile(&balancer.Table{}, nil, o.Loops); err != nil {
 		return nil, err
@@ -130,7 +130,7 @@ func (r *Relay) Run(ctx context.Context) error {
 // Configure makes the relay serve the services of t and choose among its pools.
 // It may be called before Run, and at any time after. When it returns nil, all
 // loops have taken t over and the connections that it ends were reset: those of
-// a Destination with Terminate and of one that is in no Pool any more.
+// a Destination with Terminate. Those of one that is in no Pool any more go on.
 //
 // t has all pools of the balancer, because their number decides how the kernel
 // deals slots, and only services that are relayed. listeners has listening
@@ -154,14 +154,28 @@ func (r *Relay) Configure(t *balancer.Table, listeners map[netip.AddrPort]*os.Fi
 	if err != nil {
 		return fmt.Errorf("relay: %w", err)
 	}
+	most, err := r.files.connections(len(p.services))
+	if err != nil {
+		return fmt.Errorf("relay: %w", err)
+	}
 	doors, added, err := r.arrange(p, listeners)
 	if err != nil {
 		r.closeDoors(added)
 		return fmt.Errorf("relay: %w", err)
 	}
 	r.keepBusy(p)
+	r.limit(most)
 	r.install(p, doors)
 	return nil
+}
+
+// limit notes how many connections there may be.
+func (r *Relay) limit(most int) {
+	was := r.most.Swap(int64(most))
+	if most < r.files.most && was != int64(most) {
+		r.log.Warn("fewer connections than configured: open files are limited",
+			zap.Int("configured", r.files.most), zap.Int("max_connections", most), zap.Int("files", r.files.files))
+	}
 }
 
 // keepBusy leaves targets in the plan that are not in its table and have
@@ -312,7 +326,7 @@ func (r *Relay) clock() int64 { return int64(time.Since(r.epoch)) }
 
 // admit takes a place for a connection, if there is one; leave gives it back.
 func (r *Relay) admit() bool {
-	if r.admitted.Add(1) <= int64(r.most) {
+	if r.admitted.Add(1) <= r.most.Load() {
 		return true
 	}
 	r.leave()
@@ -328,7 +342,8 @@ func (r *Relay) leave() {
 // hasRoom reports whether it is worth accepting again: listeners would be shut
 // and opened for each single connection otherwise.
 func (r *Relay) hasRoom() bool {
-	return r.admitted.Load() <= int64(r.most-max(1, r.most/20))
+	most := r.most.Load()
+	return r.admitted.Load() <= most-max(1, most/20)
 }
 
 // A complaint is about trouble that comes with every connection: it is logged

@@ -1,7 +1,9 @@
 package relay
 
 import (
+	"maps"
 	"net/netip"
+	"slices"
 	"time"
 
 	"nlb/balancer"
@@ -30,7 +32,8 @@ type TargetStats struct {
 	// Active connections are being dialed or established.
 	Active uint64
 	// New counts dials; Failed and Answered how they ended, as in
-	// balancer.Outcomes.
+	// balancer.Outcomes, unless the client or the target's place in the table went
+	// first.
 	New, Failed, Answered uint64
 	// Bytes were carried in both directions, without headers.
 	Bytes uint64
@@ -46,24 +49,33 @@ type Flow struct {
 	Bytes                       uint64    // in both directions, without the header
 }
 
-// Stats returns the counters as they are now.
+// Stats returns the counters as they are now. It is asked often: a loop is held
+// up only for as long as it takes to add numbers.
 func (r *Relay) Stats() Stats {
 	r.mu.Lock()
-	targets := r.plan.targets
+	targets := slices.Collect(maps.Values(r.plan.targets))
 	r.mu.Unlock()
-	s := Stats{
-		Targets:     make(map[balancer.TargetKey]TargetStats, len(targets)),
-		Connections: uint64(max(0, r.admitted.Load())), MaxConnections: r.most,
+	s := Stats{Connections: uint64(max(0, r.admitted.Load())), MaxConnections: int(r.most.Load())}
+	sums := make([]TargetStats, len(targets))
+	for _, l := range r.loops {
+		s.addLoop(l, targets, sums)
 	}
-	for i, l := range r.loops {
-		l.mu.Lock()
-		s.add(&l.machine.counts)
-		for key, t := range targets {
-			s.Targets[key] = s.Targets[key].plus(&t.tallies[i])
-		}
-		l.mu.Unlock()
+	s.Targets = make(map[balancer.TargetKey]TargetStats, len(targets))
+	for j, t := range targets {
+		s.Targets[t.key] = sums[j]
 	}
 	return s
+}
+
+// addLoop adds what one loop counted, for each target to the sum of the same
+// index.
+func (s *Stats) addLoop(l *loop, targets []*target, sums []TargetStats) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s.add(&l.machine.counts)
+	for i, t := range targets {
+		sums[i].add(&t.tallies[l.machine.number])
+	}
 }
 
 func (s *Stats) add(c *counts) {
@@ -76,13 +88,12 @@ func (s *Stats) add(c *counts) {
 	s.NoPort += c.noPort
 }
 
-func (s TargetStats) plus(t *tally) TargetStats {
+func (s *TargetStats) add(t *tally) {
 	s.Active += t.active
 	s.New += t.dialed
 	s.Failed += t.failed
 	s.Answered += t.answered
 	s.Bytes += t.bytes
-	return s
 }
 
 // Flows lists the connections that there are, in no order. Those that come or go

@@ -9,6 +9,9 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,11 +21,46 @@ import (
 var ErrNotRunning = errors.New("no relay worker is running")
 
 // answerWithin bounds the wait for an answer. A worker resets the connections of
-// a target that is gone before it answers.
+// a target that is being terminated before it answers.
 const answerWithin = 10 * time.Second
 
-// dial connects to the worker at a socket.
+// dial connects to the worker at a socket. If nobody is there, a worker may be
+// left whose successor took its place and died before it said so: it serves on,
+// and is found by a name of its own.
 func dial(ctx context.Context, socket string) (link, error) {
+	l, err := dialName(ctx, socket)
+	if !errors.Is(err, ErrNotRunning) {
+		return l, err
+	}
+	for _, name := range ownNames(socket) {
+		if l, err := dialName(ctx, name); err == nil {
+			return l, nil
+		}
+	}
+	return link{}, err
+}
+
+// ownName is where a worker answers as long as it takes requests, whoever has its
+// place at the socket.
+func ownName(socket string, pid int) string { return fmt.Sprintf("%s.%d", socket, pid) }
+
+// ownNames are those of all workers that ever were at the socket and whose names
+// nobody removed.
+func ownNames(socket string) (names []string) {
+	entries, err := os.ReadDir(filepath.Dir(socket))
+	if err != nil {
+		return nil // no folder, no worker
+	}
+	for _, e := range entries {
+		digits, ok := strings.CutPrefix(e.Name(), filepath.Base(socket)+".")
+		if pid, err := strconv.Atoi(digits); ok && err == nil {
+			names = append(names, ownName(socket, pid))
+		}
+	}
+	return names
+}
+
+func dialName(ctx context.Context, socket string) (link, error) {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", socket)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {

@@ -19,7 +19,9 @@
 //   - A worker that is started while another one serves takes over: it gets the
 //     table and the sockets, serves, puts its control socket in the other's
 //     place, and only then tells it to retire. There is a worker at the path at
-//     every moment, and one that accepts.
+//     every moment, and one that accepts. One whose successor dies in between
+//     serves on and is found by a second name of its socket, the path and its
+//     process's number: the next one takes over from it.
 //   - A worker that retires finishes its connections until a deadline. It stays
 //     under the care of its successor, and of that one's: its connections follow
 //     the table, count, and are listed.

@@ -49,13 +49,22 @@ func (es *elders) list() []*elder {
 	return slices.Clone(es.all)
 }
 
+// elderWithin bounds the wait for an elder's answer, while somebody waits for
+// ours. It leaves time for others within answerWithin.
+const elderWithin = 2 * time.Second
+
 // ask asks an elder. One that does not answer has ended, or is not to be waited
-// for again.
+// for again. One that is to retire may take longer: it waits for elders of its own.
 func (es *elders) ask(ctx context.Context, e *elder, f frame) (message, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.lost {
 		return message{}, ErrNotRunning
+	}
+	if f.Op != opRetire {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, elderWithin)
+		defer cancel()
 	}
 	m, err := e.link.request(ctx, f, nil)
 	es.mu.Lock()
@@ -130,7 +139,7 @@ func (es *elders) handOver() (infos []elderInfo, links []link) {
 }
 
 // configure makes them follow the table: they end the connections of targets
-// that are gone.
+// that are being terminated.
 func (es *elders) configure(f frame, log *zap.Logger) {
 	for _, e := range es.list() {
 		_, err := es.ask(context.Background(), e, frame{Op: opConfigure, Table: f.Table, Generation: f.Generation})

@@ -49,7 +49,7 @@ type Manager struct {
 
 	mu      sync.Mutex // one at a time starts workers or tells them what to serve
 	sockets sockets
-	table   *balancer.Table // that the worker was last given; nil: unknown
+	table   *balancer.Table // that the worker was last given, or has; nil: unknown
 
 	seen struct {
 		sync.Mutex // guards hash and table
@@ -226,7 +226,8 @@ func (m *Manager) ensure(ctx context.Context, t *balancer.Table) (Hello, error) 
 		if len(t.Services) == 0 {
 			return Hello{}, errNeedless
 		}
-		return m.start(ctx, false)
+		// Somebody else's may answer first, and have sockets already.
+		hello, err = m.start(ctx, false)
 	}
 	if err != nil {
 		return Hello{}, err
@@ -285,6 +286,10 @@ func (m *Manager) start(ctx context.Context, takeOver bool) (Hello, error) {
 		case <-ctx.Done():
 			return Hello{}, fmt.Errorf("start the relay worker: %w", ctx.Err())
 		case err := <-ended:
+			// Another one may have taken over from it already.
+			if hello, sayErr := sayHello(ctx, m.o.Socket); sayErr == nil && !takeOver {
+				return hello, nil
+			}
 			return Hello{}, fmt.Errorf("start the relay worker: it ended at once: %v", reason(err))
 		case <-poll.C:
 		}
@@ -301,15 +306,15 @@ func reason(err error) string {
 }
 
 // Upgrade starts a new worker, which takes over from the one that is there, and
-// returns when it serves. The connections of the old one go on.
-func (m *Manager) Upgrade(ctx context.Context) error {
+// returns who it is when it serves. The connections of the old one go on.
+func (m *Manager) Upgrade(ctx context.Context) (Hello, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	hello, err := m.start(ctx, true)
 	if err != nil {
-		return err
+		return Hello{}, err
 	}
-	return m.adopt(ctx, hello)
+	return hello, m.adopt(ctx, hello)
 }
 
 // Stats asks what the relay counted. Connections of workers that retire count.
@@ -342,17 +347,25 @@ func (m *Manager) Flows(ctx context.Context) ([]Flow, error) {
 // and removes the socket. It returns when the worker has ended, and nil if there
 // was none. No Manager should be running: it would start another.
 func Stop(ctx context.Context, socket string) error {
-	l, err := dial(ctx, socket)
-	if err == nil {
-		err = stop(ctx, l)
+	for {
+		l, err := dial(ctx, socket)
+		if errors.Is(err, ErrNotRunning) {
+			break
+		}
+		if err == nil {
+			err = stop(ctx, l)
+		}
+		if err != nil && !errors.Is(err, ErrNotRunning) {
+			return err
+		}
 	}
-	if err != nil && !errors.Is(err, ErrNotRunning) {
-		return err
+	var errs []error
+	for _, name := range append(ownNames(socket), socket) {
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
-	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
 func stop(ctx context.Context, l link) error {

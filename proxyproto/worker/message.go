@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"slices"
 	"time"
 
 	"nlb/balancer"
@@ -78,8 +77,8 @@ type (
 	Flow = relay.Flow
 )
 
-// wireStats are Stats with a list instead of the map, whose keys JSON has no
-// form for. The outer field hides the inner one.
+// wireStats are Stats with a list, in no order, instead of the map, whose keys
+// JSON has no form for. The outer field hides the inner one.
 type wireStats struct {
 	relay.Stats
 	Targets []wireTarget
@@ -96,9 +95,6 @@ func toWire(s Stats) *wireStats {
 	for k, t := range s.Targets {
 		w.Targets = append(w.Targets, wireTarget{k, t})
 	}
-	slices.SortFunc(w.Targets, func(a, b wireTarget) int {
-		return compareKeys(a.TargetKey, b.TargetKey)
-	})
 	return w
 }
 
@@ -122,6 +118,9 @@ func sum(a, b Stats) Stats {
 	a.IdleTimeouts += b.IdleTimeouts
 	a.Exhausted += b.Exhausted
 	a.NoPort += b.NoPort
+	if len(b.Targets) == 0 {
+		return a // as nearly always, and asked for often
+	}
 	a.Targets = maps.Clone(a.Targets)
 	for k, more := range b.Targets {
 		t, known := a.Targets[k]

@@ -42,15 +42,18 @@ func (*Opener) Name() string { return "relay" }
 // Plan implements balancer.Part. It finds addresses that somebody else listens
 // on. A relay that serves nothing and is to serve nothing need not run.
 func (o *Opener) Plan(ctx context.Context, want *balancer.Desired) (balancer.Plan, error) {
-	have, final, err := o.m.compare(ctx, want)
+	have, final, rests, err := o.m.compare(ctx, want)
 	if err != nil {
 		return nil, err
 	}
-	to := staged(have.table, final)
-	if err := o.m.rehearse(have.table, to); err != nil {
+	if rests {
+		return Plan{}, nil
+	}
+	to := staged(have, final)
+	if err := o.m.rehearse(have, to); err != nil {
 		return nil, err
 	}
-	return plan(have.table, to)
+	return plan(have, to)
 }
 
 // Apply implements balancer.Part. It starts the relay if need be. After an error
@@ -69,32 +72,57 @@ func (*Closer) Name() string { return "relay clean-up" }
 
 // Plan implements balancer.Part.
 func (c *Closer) Plan(ctx context.Context, want *balancer.Desired) (balancer.Plan, error) {
-	have, final, err := c.m.compare(ctx, want)
+	have, final, _, err := c.m.compare(ctx, want)
 	if err != nil {
 		return nil, err
 	}
-	return plan(staged(have.table, final), final)
+	return plan(staged(have, final), final)
 }
 
 // Apply implements balancer.Part.
 func (c *Closer) Apply(ctx context.Context, p balancer.Plan) error { return c.m.apply(ctx, p) }
 
-// compare returns what the relay serves and what it should serve in the end.
-func (m *Manager) compare(ctx context.Context, want *balancer.Desired) (have served, final *balancer.Table, err error) {
-	have, err = m.observe(ctx)
-	if err != nil {
-		return have, nil, err
-	}
+// compare returns what the relay serves and what it should serve in the end. It
+// rests if it does nothing and is to do nothing: then the former is what our
+// copies of sockets still listen for.
+func (m *Manager) compare(ctx context.Context, want *balancer.Desired) (have, final *balancer.Table, rests bool, err error) {
 	all := new(balancer.Table)
 	if want != nil && want.Table != nil {
 		all = want.Table
 	}
-	final = relayed(all, have.table)
-	if !have.running && len(final.Services) == 0 {
-		// Without a relay there are no connections to look after.
-		final = new(balancer.Table)
+	if empty(relayed(all, nil)) && m.rests() {
+		return new(balancer.Table), new(balancer.Table), true, nil
 	}
-	return have, final, nil
+	now, err := m.observe(ctx)
+	if err != nil {
+		return nil, nil, false, err
+	}
+	final = relayed(all, now.table)
+	if empty(now.table) && len(final.Services) == 0 {
+		// Whatever final has of pools, there are no connections to look after.
+		return m.rest(), new(balancer.Table), true, nil
+	}
+	return now.table, final, false, nil
+}
+
+// rests reports whether it is known that the relay has nothing to do, because
+// nobody but us gives it anything. A host without relayed services need not ask
+// in every pass.
+func (m *Manager) rests() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.table != nil && empty(m.table)
+}
+
+// rest notes that the relay has nothing to do, and returns what it had to when we
+// have sockets left of that.
+func (m *Manager) rest() *balancer.Table {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.sockets) == 0 || m.table == nil {
+		m.table = new(balancer.Table)
+	}
+	return m.table
 }
 
 // plan compares the tables as they are written: no slice and an empty one mean

@@ -102,16 +102,3 @@ func noNewPrivileges() error {
 	err := syscall.Exec("/proc/self/exe", os.Args, os.Environ())
 	return fmt.Errorf("%s: start again: %w", op, err)
 }
-
-// raiseFiles lets this process open as many files as it ever may.
-func raiseFiles() error {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return fmt.Errorf("RLIMIT_NOFILE: %w", err)
-	}
-	limit.Cur = limit.Max
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return fmt.Errorf("RLIMIT_NOFILE: %w", err)
-	}
-	return nil
-}

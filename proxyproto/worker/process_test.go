@@ -255,7 +255,7 @@ func TestTakeovers(t *testing.T) {
 	for i := range upgrades {
 		pid := r.hello().PID
 		begun := time.Now()
-		if err := r.Upgrade(t.Context()); err != nil {
+		if _, err := r.Upgrade(t.Context()); err != nil {
 			t.Fatalf("upgrade %d: %v", i, err)
 		}
 		took = append(took, time.Since(begun))
@@ -399,6 +399,186 @@ func TestOtherVersion(t *testing.T) {
 	stop()
 }
 
+// TestProgramOfAnotherVersion: a program that is of another version than the
+// controller for good is not started again and again.
+func TestProgramOfAnotherVersion(t *testing.T) {
+	r := newRig(t)
+	serveTarget(t)
+	old := r.manager("v1")
+	converge(t, old, web(80))
+	old.close()
+	next := r.manager(version)
+	next.o.Args = func() []string { return []string{"relay", r.socket, "v3"} }
+	stop := r.supervise(next)
+	last := 0
+	for range 3 {
+		eventually(t, "attention for the program's version", func() bool {
+			h, err := sayHello(t.Context(), r.socket)
+			if err != nil || h.Version != "v3" || h.PID == last || !attended(r, h.PID) {
+				return false
+			}
+			last = h.PID
+			return true
+		})
+		kill(t, last, unix.SIGKILL) // another one is judged anew
+	}
+	if n := r.logs.FilterMessage("relay worker is of another version: a new one takes over").Len(); n != 1 {
+		t.Errorf("%d were replaced", n)
+	}
+	stop()
+}
+
+// TestStartMeetsAnother: the worker that answers after a start may be somebody
+// else's, with sockets that nobody can open twice.
+func TestStartMeetsAnother(t *testing.T) {
+	r := newRig(t)
+	serveTarget(t)
+	converge(t, r.Manager, web(80))
+	before := r.hello()
+	r.close()
+	aside := r.socket + ".aside"
+	if err := errors.Join(os.Rename(r.socket, aside), os.Remove(ownName(r.socket, before.PID))); err != nil {
+		t.Fatal(err)
+	}
+	next := r.manager(version)
+	next.o.Program, next.o.Args = "/bin/mv", func() []string { return []string{aside, r.socket} }
+	next.mu.Lock()
+	err := next.give(t.Context(), web(80))
+	next.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer next.close()
+	if now := r.hello(); now.PID != before.PID || len(next.sockets) != 1 {
+		t.Errorf("pid %d, before %d; %d sockets", now.PID, before.PID, len(next.sockets))
+	}
+	if err := visit(t.Context(), 80); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNothingIsRelayed: a controller that has nothing to relay asks once, and
+// finds what an earlier one left.
+func TestNothingIsRelayed(t *testing.T) {
+	r := newRig(t)
+	plain := &balancer.Table{Pools: []balancer.Pool{pool("plain", balancer.SNAT, target)}}
+	converge(t, r.Manager, web(80))
+	r.close()
+	next := r.manager(version)
+	defer next.close()
+	want := []string{
+		"relay: another hash key",
+		"relay: connect from []",
+		"relay: stop listening on 198.51.100.10:80",
+		"relay: web 10.0.1.11:8080 remove",
+		"relay: target groups 1 -> 0",
+	}
+	if d := cmp.Diff(want, converge(t, next, plain)); d != "" {
+		t.Errorf("an earlier controller's worker (-want +got):\n%s", d)
+	}
+	if err := Stop(t.Context(), r.socket); err != nil {
+		t.Fatal(err)
+	}
+	// Whoever asks here gets no answer.
+	deaf, err := net.Listen("unix", r.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = deaf.Close() }()
+	if got := converge(t, next, plain); got != nil {
+		t.Errorf("nothing to do: %q", got)
+	}
+	// As soon as there is something, it is asked again.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := next.Opener().Plan(ctx, &balancer.Desired{Table: web(80)}); !errors.Is(err, context.Canceled) {
+		t.Errorf("something to do: error %v", err)
+	}
+}
+
+// TestDiesUnwanted: when a worker has died and nothing is to be relayed any more,
+// nobody waits in the queues of sockets.
+func TestDiesUnwanted(t *testing.T) {
+	r := newRig(t)
+	plain := &balancer.Table{Pools: []balancer.Pool{pool("plain", balancer.SNAT, target)}}
+	converge(t, r.Manager, web(80))
+	kill(t, r.hello().PID, unix.SIGKILL)
+	eventually(t, "the worker's end", func() bool {
+		_, err := sayHello(t.Context(), r.socket)
+		return errors.Is(err, ErrNotRunning)
+	})
+	converge(t, r.Manager, plain)
+	if err := visit(t.Context(), 80); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("where nobody listens: %v", err)
+	}
+	if got := converge(t, r.Manager, plain); got != nil || len(workers(t, r.socket)) > 0 {
+		t.Errorf("again: %q, workers %v", got, workers(t, r.socket))
+	}
+}
+
+// TestOrphan: a worker whose successor died between taking its place and telling
+// it is found by the next one.
+func TestOrphan(t *testing.T) {
+	orphan := func(r *rig) (pid int) {
+		converge(t, r.Manager, web(80))
+		pid = r.hello().PID
+		dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: r.socket + ".dead", Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dead.SetUnlinkOnClose(false)
+		if err := errors.Join(os.Rename(r.socket+".dead", r.socket), dead.Close()); err != nil {
+			t.Fatal(err)
+		}
+		return pid
+	}
+	t.Run("a controller adopts it", func(t *testing.T) {
+		r := newRig(t)
+		pid := orphan(r)
+		r.close()
+		next := r.manager(version)
+		defer next.close()
+		if got := converge(t, next, web(80)); got != nil || !slices.Equal(workers(t, r.socket), []int{pid}) {
+			t.Errorf("it did %q; workers %v", got, workers(t, r.socket))
+		}
+	})
+	t.Run("a worker takes over", func(t *testing.T) {
+		r := newRig(t)
+		serveTarget(t)
+		old := orphan(r)
+		c, err := connect(t.Context(), 80)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := talk(c); err != nil {
+			t.Fatal(err)
+		}
+		now, err := r.Upgrade(t.Context())
+		if err != nil || now.PID == old || len(now.Listeners) != 1 {
+			t.Fatalf("%+v, error %v", now, err)
+		}
+		r.flows(1) // it is looked after
+		if err := errors.Join(talk(c), visit(t.Context(), 80)); err != nil {
+			t.Error(err)
+		}
+		_ = c.Close()
+		eventually(t, "the orphan's end", func() bool { return slices.Equal(workers(t, r.socket), []int{now.PID}) })
+		if names := ownNames(r.socket); !slices.Equal(names, []string{ownName(r.socket, now.PID)}) {
+			t.Errorf("names %q", names)
+		}
+	})
+	t.Run("Stop ends it", func(t *testing.T) {
+		r := newRig(t)
+		orphan(r)
+		if err := Stop(t.Context(), r.socket); err != nil {
+			t.Fatal(err)
+		}
+		if left := workers(t, r.socket); left != nil || ownNames(r.socket) != nil {
+			t.Errorf("workers %v, names %q", left, ownNames(r.socket))
+		}
+	})
+}
+
 // TestNoLeak: neither side keeps a file it has no use for.
 func TestNoLeak(t *testing.T) {
 	r := newRig(t)
@@ -423,7 +603,7 @@ func TestNoLeak(t *testing.T) {
 			t.Errorf("%d sockets, error %v", len(r.sockets), err)
 		}
 		r.mu.Unlock()
-		if err := r.Upgrade(t.Context()); err != nil {
+		if _, err := r.Upgrade(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		converge(t, r.Manager, web(80))

@@ -157,9 +157,7 @@ func (w *worker) act(l link, m message) (a answer, err error) {
 	case opListeners:
 		a.files, err = w.copies()
 	case opTakeover:
-		a.frame = w.tableFrame()
-		a.files, err = w.copies()
-		w.follow(l)
+		a, err = w.bequeath(l)
 	case opConfigure:
 		err = w.configure(m)
 		a.Hello = w.hello()
@@ -179,6 +177,17 @@ func (w *worker) act(l link, m message) (a answer, err error) {
 	default:
 		err = fmt.Errorf("unknown request %q", m.Op)
 	}
+	return a, err
+}
+
+// bequeath gives the table and its sockets, which belong together, to the
+// successor at the other end of l.
+func (w *worker) bequeath(l link) (a answer, err error) {
+	w.changing.Lock()
+	defer w.changing.Unlock()
+	a.frame = w.tableFrame()
+	a.files, err = w.copies()
+	w.follow(l)
 	return a, err
 }
 

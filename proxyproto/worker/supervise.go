@@ -24,7 +24,7 @@ const (
 // version is replaced by takeover.
 func (m *Manager) Run(ctx context.Context) error {
 	defer m.close()
-	s := supervisor{Manager: m}
+	s := supervisor{Manager: m, tried: make(map[string]bool)}
 	for ctx.Err() == nil {
 		life, hello, err := s.attach(ctx)
 		switch {
@@ -50,8 +50,10 @@ type supervisor struct {
 	since time.Time // when that began
 	// failures is how many workers in a row had to be replaced soon.
 	failures int
-	// outdated is the worker whose replacement was tried.
-	outdated int
+	// tried has the versions that a worker was to be replaced for. It is not
+	// done again: the program on disk, or whoever else starts workers, may be of
+	// another version than we are for good, and workers would never rest.
+	tried map[string]bool
 }
 
 // attach connects to the worker for as long as it lives, and makes sure that it
@@ -111,8 +113,8 @@ func (s *supervisor) attend(ctx context.Context, life link, hello Hello) {
 	if s.pid != hello.PID {
 		s.pid, s.since = hello.PID, time.Now()
 	}
-	if hello.Version != s.o.Version && s.outdated != hello.PID {
-		s.outdated = hello.PID
+	if hello.Version != s.o.Version && !s.tried[hello.Version] {
+		s.tried[hello.Version] = true
 		s.replace(ctx, hello)
 	}
 	stop := context.AfterFunc(ctx, life.close)
@@ -125,8 +127,14 @@ func (s *supervisor) attend(ctx context.Context, life link, hello Hello) {
 func (s *supervisor) replace(ctx context.Context, old Hello) {
 	log := s.o.Log.With(zap.Int("pid", old.PID), zap.String("version", old.Version), zap.String("wanted", s.o.Version))
 	log.Info("relay worker is of another version: a new one takes over")
-	if err := s.Upgrade(ctx); err != nil && ctx.Err() == nil {
+	now, err := s.Upgrade(ctx)
+	switch {
+	case err != nil && ctx.Err() == nil:
 		log.Error("relay worker of another version stays: no new one takes over", zap.Error(err))
+	case err == nil && now.Version != s.o.Version:
+		s.tried[now.Version] = true
+		log.Error("the program on disk is of another version than the daemon: restart the daemon, or put the program back",
+			zap.String("program", s.o.Program), zap.String("on_disk", now.Version))
 	}
 }
 

@@ -11,15 +11,14 @@ import (
 	"nlb/balancer/maglev"
 )
 
-// Relayed restricts a table to what a relay serves: the services that may choose
+// relayed restricts a table to what a relay serves: the services that may choose
 // a pool with ClientIP ProxyProtocolV2, and the destinations of those pools. The
 // other pools stay, without destinations: services name them, and slots are
 // dealt by how many pools there are.
-func Relayed(t *balancer.Table) *balancer.Table { return relayed(t, nil) }
-
-// relayed is Relayed for a relay that serves have. A pool that it relayed keeps
-// its destinations when it is relayed no more: its connections go on, as those
-// of kernel modes do when a group changes its mode.
+//
+// A pool that was relayed in have, which may be nil, keeps its destinations when
+// it is relayed no more: its connections go on, as those of kernel modes do when
+// a group changes its mode.
 func relayed(t, have *balancer.Table) *balancer.Table {
 	r := &balancer.Table{Key: t.Key, Sources: t.Sources}
 	known := make(map[string]bool)
@@ -31,7 +30,7 @@ func relayed(t, have *balancer.Table) *balancer.Table {
 	relays := make(map[string]bool)
 	for i := range t.Pools {
 		p := t.Pools[i]
-		relays[p.Name] = isRelayed(&p)
+		relays[p.Name] = p.Relays()
 		if !relays[p.Name] && !known[p.Name] {
 			p = balancer.Pool{Name: p.Name, ClientIP: p.ClientIP}
 		}
@@ -51,8 +50,6 @@ func relayed(t, have *balancer.Table) *balancer.Table {
 	}
 	return r
 }
-
-func isRelayed(p *balancer.Pool) bool { return p.Relays() }
 
 // staged is what a relay serves while the dataplane changes from have to want:
 // all of want, and whatever the dataplane may still send until it has changed.
@@ -81,7 +78,7 @@ func staged(have, want *balancer.Table) *balancer.Table {
 	for i := range have.Pools {
 		p := &have.Pools[i]
 		before[p.Name] = p
-		if j, there := at[p.Name]; there && isRelayed(p) && !isRelayed(&t.Pools[j]) {
+		if j, there := at[p.Name]; there && p.Relays() && !t.Pools[j].Relays() {
 			t.Pools[j] = *p
 		}
 	}

@@ -34,7 +34,7 @@ func TestRelayed(t *testing.T) {
 	all := full()
 	all.Services = []balancer.VirtualService{choosing(80, "a", "b"), choosing(81, "b", "c"), choosing(82, "a")}
 	all.Pools[1].Destinations = all.Pools[0].Destinations
-	got := Relayed(all)
+	got := relayed(all, nil)
 	want := &balancer.Table{
 		Key: all.Key, Sources: all.Sources, Services: []balancer.VirtualService{all.Services[0], all.Services[2]},
 		Pools: []balancer.Pool{

@@ -264,16 +264,72 @@ func FuzzReceive(f *testing.F) {
 	})
 }
 
+// TestSilentElder: nobody waits for it longer than for those who answer, nor
+// twice, and what it counted counts on.
+func TestSilentElder(t *testing.T) {
+	ours, _ := pair(t)
+	var es elders
+	e := &elder{link: ours, last: Stats{Accepted: 3, Connections: 2}}
+	es.add(e)
+	if _, err := es.ask(t.Context(), e, frame{Op: opStats}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("error %v", err)
+	}
+	if s := es.stats(); s.Accepted != 3 || s.Connections != 0 || len(es.list()) != 0 {
+		t.Errorf("stats %+v, %d elders", s, len(es.list()))
+	}
+}
+
+// TestBequeath: a successor that comes while a table is taken over gets that one,
+// with its sockets.
+func TestBequeath(t *testing.T) {
+	e := &fakeEngine{}
+	w := newWorker(WorkerOptions{Log: zap.NewNop()}, e)
+	t.Cleanup(func() { w.sockets.close() })
+	answers := make(chan answer, 1)
+	e.configured = func() {
+		go func() {
+			a, err := w.act(link{}, message{frame: frame{Op: opTakeover}})
+			if err != nil {
+				t.Error(err)
+			}
+			answers <- a
+		}()
+		select {
+		case a := <-answers:
+			t.Error("the successor was answered in the middle of a change")
+			answers <- a
+		case <-time.After(50 * time.Millisecond): // it waits
+		}
+	}
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := mustEncode(t, web(80))
+	if err := w.configure(message{frame: frame{Table: want}, files: sockets{netip.AddrPortFrom(vip, 80): fd}}); err != nil {
+		t.Fatal(err)
+	}
+	a := <-answers
+	defer a.close()
+	if string(a.Table) != string(want) || len(a.files) != 1 {
+		t.Errorf("the successor got the table %q and %d sockets", a.Table, len(a.files))
+	}
+}
+
 // A fakeEngine has as many connections as it is told.
 type fakeEngine struct {
 	connections uint64
 	done        chan struct{}
+	configured  func() // if not nil
 }
 
 func (e *fakeEngine) Run(ctx context.Context) error { <-ctx.Done(); return nil }
 func (e *fakeEngine) Configure(_ *balancer.Table, files map[netip.AddrPort]*os.File) error {
 	for _, f := range files {
 		_ = f.Close()
+	}
+	if e.configured != nil {
+		e.configured()
 	}
 	return nil
 }

@@ -77,9 +77,6 @@ func Run(ctx context.Context, o WorkerOptions) error {
 	if err != nil {
 		return err
 	}
-	if err := raiseFiles(); err != nil {
-		return err
-	}
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
 	defer signal.Stop(signals)
@@ -196,7 +193,23 @@ func (w *worker) open(ctx context.Context) error {
 			w.Log.Error("the former relay worker could not be told to retire", zap.Int("pid", old.pid), zap.Error(err))
 		}
 	}
+	w.tidy(ctx)
 	return nil
+}
+
+// tidy removes the names of workers that answer no more. They cannot do it: they
+// have no privileges.
+func (w *worker) tidy(ctx context.Context) {
+	for _, name := range ownNames(w.Socket) {
+		if name == ownName(w.Socket, os.Getpid()) {
+			continue
+		}
+		if l, err := dialName(ctx, name); err == nil {
+			l.close()
+		} else if errors.Is(err, ErrNotRunning) {
+			_ = os.Remove(name) // left for the next one
+		}
+	}
 }
 
 // lock takes the lock beside the socket. It is never removed, because another
@@ -257,21 +270,33 @@ func (w *worker) takeOver(ctx context.Context) (*elder, error) {
 	return &elder{link: l, pid: m.Hello.PID}, nil
 }
 
-// listen puts a new control socket in the place of whatever is there.
+// listen puts a new control socket in the place of whatever is there. It keeps
+// the name it has before.
 func (w *worker) listen() (net.Listener, error) {
-	temporary := fmt.Sprintf("%s.%d", w.Socket, os.Getpid())
-	if err := os.Remove(temporary); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
+	own := ownName(w.Socket, os.Getpid())
+	temporary := own + ".new"
+	for _, name := range []string{own, temporary} {
+		if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temporary, Net: "unix"})
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: own, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", w.Socket, err)
 	}
 	// The path may be a successor's by the time this one closes. A socket that
 	// nobody listens on refuses, which says all there is to say.
 	l.SetUnlinkOnClose(false)
-	if err := errors.Join(os.Chmod(temporary, 0o600), os.Rename(temporary, w.Socket)); err != nil {
-		return nil, errors.Join(fmt.Errorf("socket %s: %w", w.Socket, err), os.Remove(temporary), l.Close())
+	err = os.Chmod(own, 0o600)
+	if err == nil {
+		err = os.Link(own, temporary)
+	}
+	if err == nil {
+		err = os.Rename(temporary, w.Socket)
+	}
+	if err != nil {
+		_ = os.Remove(temporary) // it may not be there
+		return nil, errors.Join(fmt.Errorf("socket %s: %w", w.Socket, err), os.Remove(own), l.Close())
 	}
 	return l, nil
 }
