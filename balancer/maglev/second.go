@@ -1,5 +1,7 @@
 package maglev
 
+import "slices"
+
 // Second returns for every slot the entry to use when the slot's own will not
 // do: an entry b of the table for which differ(own, b) holds, or -1 when there
 // is none.
@@ -10,6 +12,9 @@ package maglev
 // pure; it is called about once for each slot and each pair of entries.
 func Second(slots []int32, differ func(own, candidate int) bool) []int32 {
 	second := make([]int32, len(slots))
+	if len(slots) == 0 {
+		return second
+	}
 	hopeless := hopelessEntries(slots, differ)
 	for s, own := range slots {
 		if hopeless[own] {
@@ -23,18 +28,17 @@ func Second(slots []int32, differ func(own, candidate int) bool) []int32 {
 
 // hopelessEntries tells, for every entry of the table, whether it differs from
 // no other. Those would walk the whole table in vain, for each of their slots.
-func hopelessEntries(slots []int32, differ func(own, candidate int) bool) map[int32]bool {
-	hopeless := make(map[int32]bool)
+func hopelessEntries(slots []int32, differ func(own, candidate int) bool) []bool {
+	hopeless := make([]bool, slices.Max(slots)+1)
+	var there []int
 	for _, a := range slots {
-		hopeless[a] = true
-	}
-	for a := range hopeless {
-		for b := range hopeless {
-			if b != a && differ(int(a), int(b)) {
-				hopeless[a] = false
-				break
-			}
+		if !hopeless[a] {
+			hopeless[a] = true
+			there = append(there, int(a))
 		}
+	}
+	for _, a := range there {
+		hopeless[a] = !slices.ContainsFunc(there, func(b int) bool { return b != a && differ(a, b) })
 	}
 	return hopeless
 }
@@ -45,16 +49,16 @@ func walk(slots []int32, s int, do func(int32) bool) int32 {
 	r := runner{seed: secondSeed}
 	at := Slot(r.draw(2*s), len(slots))
 	stride := Slot(r.draw(2*s+1), len(slots)) | 1
-	for coprime := false; !coprime; {
-		if coprime = gcd(stride, len(slots)) == 1; !coprime {
-			stride += 2
-		}
+	// An odd stride meets every slot of a power of two.
+	for !powerOfTwo(len(slots)) && gcd(stride, len(slots)) != 1 {
+		stride += 2
 	}
 	for range slots {
 		if do(slots[at]) {
 			return slots[at]
 		}
-		at = (at + stride) % len(slots)
+		for at += stride; at >= len(slots); at -= len(slots) {
+		}
 	}
 	return -1
 }

@@ -78,6 +78,14 @@ func Size(base, n int) int {
 // and base <= size <= MaxSize, when a weight is out of range, or when there are
 // more than MaxEntries entries: the caller has validated all of them.
 func Build(key [16]byte, base, size int, entries []Entry) []int32 {
+	slots, _ := Rebuild(key, base, size, entries, nil)
+	return slots
+}
+
+// Rebuild is Build, for less where before says how the contests between mostly
+// the same entries ended. It does not change before, which may be nil or of
+// another key, base or size, and the result does not depend on it.
+func Rebuild(key [16]byte, base, size int, entries []Entry, before *Contests) ([]int32, *Contests) {
 	if !powerOfTwo(base) || !powerOfTwo(size) || base > MaxBase || size < base || size > MaxSize {
 		panic(fmt.Sprintf("maglev: base %d and size %d are not powers of two up to %d and %d, base first", base, size, MaxBase, MaxSize))
 	}
@@ -86,12 +94,12 @@ func Build(key [16]byte, base, size int, entries []Entry) []int32 {
 	}
 	runners := enter(key, entries)
 	if len(runners) == 0 {
-		return nil
+		return nil, nil
 	}
-	d := newDeal(base, size, runners)
-	d.race()
+	contests := race(key, base, runners, before)
+	d := newDeal(size, contests)
 	d.settle()
-	return d.table()
+	return d.table(), contests
 }
 
 func powerOfTwo(n int) bool { return n > 0 && n&(n-1) == 0 }
@@ -123,11 +131,13 @@ func enter(key [16]byte, entries []Entry) []runner {
 			inverse: (1 << 32) / uint64(e.Weight),
 		})
 	}
-	slices.SortFunc(runners, func(a, b runner) int {
-		return cmp.Or(bytes.Compare(a.digest[:], b.digest[:]), strings.Compare(a.name, b.name),
-			cmp.Compare(a.weight, b.weight), cmp.Compare(a.index, b.index))
-	})
+	slices.SortFunc(runners, func(a, b runner) int { return cmp.Or(a.compare(&b), cmp.Compare(a.index, b.index)) })
 	return runners
+}
+
+// compare orders runners by all that decides how they run.
+func (r *runner) compare(o *runner) int {
+	return cmp.Or(bytes.Compare(r.digest[:], o.digest[:]), strings.Compare(r.name, o.name), cmp.Compare(r.weight, o.weight))
 }
 
 // draw is the runner's luck in a contest, uniform in 32 bits: SplitMix64
@@ -153,16 +163,17 @@ func (r *runner) soonest(draw uint32) uint64 {
 
 // A deal is a table in the making.
 type deal struct {
-	runners []runner
-	size    int
-	each    int // slots that a contest decides
-
-	owner []uint16 // winner of each contest, as an index into runners
-	best  []uint64 // its time
-	kept  []int32  // slots of each contest that are still the winner's
+	*Contests
+	size int
+	each int     // slots that a contest decides
+	kept []int32 // slots of each contest that are still the winner's
 	// surplus is by how many slots a runner has won more than it should have.
 	surplus []int
 	moves   []move
+	// contests and latest are room for openContests, finishes for closeFinishes.
+	contests []uint16
+	latest   []uint64
+	finishes []finish
 }
 
 // A move hands slots of a contest to another runner.
@@ -172,35 +183,19 @@ type move struct {
 	slots   int32
 }
 
-func newDeal(base, size int, runners []runner) *deal {
+func newDeal(size int, c *Contests) *deal {
 	d := &deal{
-		runners: runners, size: size, each: size / base,
-		owner:   make([]uint16, base),
-		best:    make([]uint64, base),
-		kept:    make([]int32, base),
-		surplus: make([]int, len(runners)),
+		Contests: c, size: size, each: size / len(c.owner),
+		kept:    make([]int32, len(c.owner)),
+		surplus: make([]int, len(c.runners)),
+
+		contests: make([]uint16, 0, len(c.owner)),
+		latest:   make([]uint64, 0, len(c.owner)),
 	}
-	for c := range d.best {
-		d.best[c] = math.MaxUint64
-		d.kept[c] = int32(d.each)
+	for i := range d.kept {
+		d.kept[i] = int32(d.each)
 	}
 	return d
-}
-
-// race runs every contest.
-func (d *deal) race() {
-	for i := range d.runners {
-		r := &d.runners[i]
-		for c, best := range d.best {
-			draw := r.draw(c)
-			if r.soonest(draw) > best {
-				continue
-			}
-			if t := r.time(draw); t < best {
-				d.best[c], d.owner[c] = t, uint16(i)
-			}
-		}
-	}
 }
 
 // settle takes slots from runners that won too many and hands them to those
@@ -240,7 +235,7 @@ const marginScale = 16
 // runner with a deficit lost by no more than the limit.
 func (d *deal) closeFinishes(limit uint64) []finish {
 	contests, latest := d.openContests(limit)
-	var list []finish
+	list := d.finishes[:0]
 	for i := range d.runners {
 		if d.surplus[i] >= 0 {
 			continue
@@ -257,6 +252,7 @@ func (d *deal) closeFinishes(limit uint64) []finish {
 			}
 		}
 	}
+	d.finishes = list
 	return list
 }
 
@@ -264,8 +260,7 @@ func (d *deal) closeFinishes(limit uint64) []finish {
 // it to give, and the latest time that is within the limit. Times are below
 // 2^63, so a limit of twice the winner's time, the largest but one, fits.
 func (d *deal) openContests(limit uint64) (contests []uint16, latest []uint64) {
-	contests = make([]uint16, 0, len(d.owner))
-	latest = make([]uint64, 0, len(d.owner))
+	contests, latest = d.contests[:0], d.latest[:0]
 	for c, o := range d.owner {
 		if d.surplus[o] <= 0 || d.kept[c] == 0 {
 			continue
