@@ -15,8 +15,9 @@ import (
 )
 
 // terminateFor is how long the flows of a target that is cut off are answered
-// with resets: three prompts that each take a slow client's round trip.
-const terminateFor = 3 * time.Second
+// with resets: three prompts that each take a slow client's round trip, as long
+// again for a busy host, and more where the Sweeper asks for it.
+const terminateFor = 5 * time.Second
 
 // A Drain is the deregistration of one target. It takes no new flows from Since
 // on, and its flows live on until Until.
@@ -122,6 +123,13 @@ func (d Drains) overdue(now time.Time) Drains {
 	return next
 }
 
+// Restart returns the drains as a daemon that begins with spec takes them up:
+// what should have happened while none ran happens now, and what has left since
+// registered was noted drains. See Follow for a registered that nobody knows.
+func (d Drains) Restart(registered, spec *Spec, now time.Time) Drains {
+	return d.overdue(now).Follow(registered, spec, now)
+}
+
 // settle marks what is over and forgets the targets that have left. Changed
 // reports whether there was any.
 func (d Drains) settle(leftover map[TargetKey]time.Time, now time.Time) (next Drains, changed bool) {
@@ -193,8 +201,21 @@ type drainRecord struct {
 // A removedRecord is what a target was that is not in the file any more.
 type removedRecord struct {
 	Protocol Protocol `json:"protocol"`
-	ClientIP ClientIP `json:"client_ip"`
+	ClientIP ClientIP `json:"client_ip"` // of its group
 	Weight   int      `json:"weight"`
+	// OwnClientIP is the target's.
+	OwnClientIP ClientIP `json:"target_client_ip,omitzero"`
+}
+
+// check reports what no target ever was: it would be put into the kernel.
+func (r drainRecord) check() error {
+	if r.Removed == nil {
+		return nil // the configuration says what it is
+	}
+	if err := checkGroup(r.Group, r.Removed.Protocol, r.Removed.ClientIP); err != nil {
+		return fmt.Errorf("target group %q: %w", r.Group, err)
+	}
+	return checkTarget(r.Target, r.Removed.Weight)
 }
 
 // Save writes the drains to the state folder.
@@ -203,7 +224,7 @@ func (d Drains) Save(dir string) error {
 	for k, drain := range d {
 		r := drainRecord{k.Group, k.AddrPort, drain.Since.UTC(), drain.Until.UTC(), drain.Terminate, drain.Done, nil}
 		if drain.Removed {
-			r.Removed = &removedRecord{drain.Protocol, drain.ClientIP, drain.Target.Weight}
+			r.Removed = &removedRecord{drain.Protocol, drain.ClientIP, drain.Target.Weight, drain.Target.ClientIP}
 		}
 		records = append(records, r)
 	}
@@ -232,16 +253,29 @@ func LoadDrains(dir string) (Drains, error) {
 	if err != nil {
 		return nil, err
 	}
+	drains, err := decodeDrains(content)
+	if err != nil {
+		return nil, fmt.Errorf("%s, which says what targets were drained, makes no sense: %w (remove it to register them all)", path, err)
+	}
+	return drains, nil
+}
+
+func decodeDrains(content []byte) (Drains, error) {
 	var records []drainRecord
 	if err := json.Unmarshal(content, &records); err != nil {
-		return nil, fmt.Errorf("%s, which says what targets were drained, makes no sense: %w (remove it to register them all)", path, err)
+		return nil, err
 	}
 	drains := make(Drains, len(records))
 	for _, r := range records {
+		if err := r.check(); err != nil {
+			return nil, err
+		}
 		drain := Drain{Since: r.Since, Until: r.Until, Terminate: r.Terminate, Done: r.Done}
 		if r.Removed != nil {
 			drain.Removed, drain.Protocol, drain.ClientIP = true, r.Removed.Protocol, r.Removed.ClientIP
-			drain.Target = Target{Address: r.Target.Addr(), Port: r.Target.Port(), Weight: r.Removed.Weight}
+			drain.Target = Target{
+				Address: r.Target.Addr(), Port: r.Target.Port(), Weight: r.Removed.Weight, ClientIP: r.Removed.OwnClientIP,
+			}
 		}
 		drains[TargetKey{Group: r.Group, AddrPort: r.Target}] = drain
 	}

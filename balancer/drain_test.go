@@ -72,7 +72,7 @@ func TestDrainsAreKept(t *testing.T) {
 	want := Drains{
 		webKey("10.0.1.11"): {Since: now, Until: now.Add(time.Minute), Terminate: true},
 		webKey("10.0.1.12"): {Since: now, Until: now.Add(time.Hour), Removed: true, Protocol: TCP, ClientIP: SNAT,
-			Target: Target{Address: addr("10.0.1.12"), Port: 8080, Weight: 7}},
+			Target: Target{Address: addr("10.0.1.12"), Port: 8080, Weight: 7, ClientIP: ProxyProtocolV2}},
 		webKey("2001:db8::13"): {Since: now, Until: now, Done: true},
 	}
 	if err := want.Save(dir); err != nil {
@@ -90,6 +90,81 @@ func TestDrainsAreKept(t *testing.T) {
 	}
 	if _, err := LoadDrains(dir); err == nil || !strings.Contains(err.Error(), drainsFile) {
 		t.Errorf("half a file: %v", err)
+	}
+}
+
+// What a file says of targets that left would be put into the kernel.
+func TestDamagedDrains(t *testing.T) {
+	record := func(group, target, removed string) string {
+		return `[{"target_group":"` + group + `","target":"` + target + `","since":"2026-01-02T15:04:05Z","until":"2026-01-02T15:05:05Z",` +
+			`"connection_termination":true,"removed":` + removed + `}]`
+	}
+	const at, as = "10.0.1.11:8080", `{"protocol":"TCP","client_ip":"snat","weight":1}`
+	for _, c := range []struct{ content, says string }{
+		{record("web", at, as), ""},
+		{record("web", at, "null"), ""},
+		{record("", at, as), `target group "": a name, a protocol or a client_ip is missing`},
+		{record("web", at, `{"client_ip":"snat","weight":1}`), "is missing"},
+		{record("web", at, `{"protocol":"TCP","weight":1}`), "is missing"},
+		{record("web", at, `{"protocol":"TCP","client_ip":"tunnel"}`), "tunnel"},
+		{record("web", at, `{"protocol":"TCP","client_ip":"snat","weight":257}`), "257 is no weight"},
+		{record("web", "127.0.0.1:80", as), "127.0.0.1:80 is no target"},
+		{record("web", "10.0.1.11:0", as), "10.0.1.11:0 is no target"},
+		{record("web", "", as), "is no target"},
+	} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, drainsFile), []byte(c.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		drains, err := LoadDrains(dir)
+		switch {
+		case c.says == "" && (err != nil || len(drains) != 1):
+			t.Errorf("%s: %v, %v", c.content, drains, err)
+		case c.says != "" && (drains != nil || err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), drainsFile)):
+			t.Errorf("%s: %v, want %s", c.content, err, c.says)
+		}
+	}
+}
+
+func FuzzDecodeDrains(f *testing.F) {
+	f.Add([]byte(`[{"target_group":"web","target":"10.0.1.11:8080","until":"2026-01-02T15:05:05Z","removed":{"protocol":"TCP","client_ip":"snat"}}]`))
+	f.Fuzz(func(t *testing.T, content []byte) {
+		drains, err := decodeDrains(content)
+		if err != nil {
+			return
+		}
+		// Nothing that it says upsets the pure step.
+		Forward(webSpec(1), View{Drains: drains, Now: time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)})
+	})
+}
+
+// A daemon that was away ends now what should have ended meanwhile.
+func TestDrainsOfARestart(t *testing.T) {
+	now := time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
+	one, two, three := webKey("10.0.1.11"), webKey("10.0.1.12"), webKey("10.0.1.13")
+	before := Drains{
+		one: {Since: now.Add(-time.Hour), Until: now.Add(-time.Minute), Terminate: true},
+		two: {Since: now.Add(-time.Hour), Until: now.Add(-time.Minute), Terminate: true, Done: true},
+	}
+	want := Drains{
+		one: {Since: now.Add(-time.Hour), Until: now, Terminate: true},
+		two: before[two],
+		three: {Since: now, Until: now.Add(time.Minute), Terminate: true,
+			Removed: true, Target: target("10.0.1.13"), Protocol: TCP, ClientIP: HairpinSNAT},
+	}
+	spec := minuteSpec(2)
+	got := before.Restart(Registered(minuteSpec(3)), spec, now)
+	if diff := cmp.Diff(want, got, compareKeys); diff != "" {
+		t.Error(diff)
+	}
+	for _, d := range Forward(spec, View{Drains: got, Now: now}).Table.Pools[0].Destinations {
+		if d.AddrPort() == one.AddrPort && !d.Terminate {
+			t.Errorf("its flows are not ended: %+v", d)
+		}
+	}
+	addrs := []netip.Addr{addr("10.0.1.11"), addr("10.0.1.12"), addr("10.0.1.13")}
+	if diff := cmp.Diff(addrs, RoutedAddrs(spec, got), compareKeys); diff != "" {
+		t.Errorf("whose routes are wanted: %s", diff)
 	}
 }
 

@@ -15,6 +15,8 @@ type Flow struct {
 	// sent by us and if that target is still installed.
 	To   TargetKey
 	Ours bool
+	// By rewrites its packets.
+	By Dataplane
 	// Live says that an end of a TCP flow may have a connection that it can be
 	// told has ended: the flow is established, on its way to or from it, or was
 	// reset, which the packet filter does to one end at a time.

@@ -24,6 +24,8 @@ func forward(spec *Spec, seen View, groups []TargetGroupStatus) *Desired {
 	}
 	want := &Desired{
 		Table: &Table{
+			Dataplane: spec.Dataplane,
+
 			Key:      seen.Key,
 			VIPs:     vipAddresses(spec),
 			Sources:  sortedSet(spec.SourceAddresses, netip.Addr.Compare),
@@ -167,6 +169,7 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 			Weight:    t.Share,
 			ClientIP:  t.Target.ClientIP,
 			Terminate: t.Terminate,
+			Leaves:    (t.Removed || t.Cut) && g.Protocol != TCP,
 			Domain:    domain(g, t.Target, route),
 			Source:    source(spec, t.Target.Address, route),
 		})
@@ -177,6 +180,9 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 // domain lists what counts as the target's own host.
 func domain(g *TargetGroup, t Target, route Route) []netip.Prefix {
 	prefixes := append([]netip.Prefix{host(t.Address)}, t.Colocated...)
+	if len(prefixes) == 1 && !g.HairpinSubnet {
+		return prefixes
+	}
 	if g.HairpinSubnet && route.Subnet.IsValid() {
 		prefixes = append(prefixes, route.Subnet)
 	}

@@ -45,6 +45,11 @@ type Health struct {
 	Since       time.Time
 }
 
+// same reports whether h and o say the same.
+func (h Health) same(o Health) bool {
+	return h.State == o.State && h.Reason == o.Reason && h.Description == o.Description && h.Since.Equal(o.Since)
+}
+
 // A HealthView has what the health checks found, by target. A target that is
 // not in it is Initial.
 type HealthView map[TargetKey]Health

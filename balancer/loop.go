@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/netip"
 	"reflect"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -18,10 +19,11 @@ type loop struct {
 	*Reconciler
 
 	spec   *Spec
+	known  map[TargetKey]bool // the targets of spec
 	key    HashKey
 	health HealthView
 	drains Drains
-	unkept bool // drains are not written down
+	unkept bool // drains are not written down, which was said
 	holds  Holds
 	// See View.
 	failOpen map[string]FailOpenState
@@ -30,9 +32,9 @@ type loop struct {
 	terminating map[TargetKey]bool
 	routes      map[netip.Addr]Route // nil before the first look
 
-	registered *Spec // what Register was given last, or by Options
-	noted      *Spec // registered is this one, reduced
-	mute       bool  // that Register fails was said
+	registered   *Spec // what was written down last, or by Options
+	keptSpec     *Spec // registered is this one, reduced
+	unregistered bool  // that Register fails was said
 
 	held     *Desired // the kernel was last seen to hold it; nil: unknown
 	counts   Snapshot // what is carried from one Snapshot to the next
@@ -43,14 +45,15 @@ type loop struct {
 	resyncAt, driftAt, retryAt, changeAt time.Time
 	// No look for drift before this.
 	restUntil time.Time
-	// fresh are the verdicts that the kernel does not have yet, and when they
+	// unapplied are the verdicts that the kernel does not have yet, and when they
 	// were passed.
-	fresh map[TargetKey]time.Time
+	unapplied map[TargetKey]time.Time
 }
 
 func (l *loop) run(ctx context.Context) {
 	if l.spec != nil {
 		l.counts.Generation++
+		l.known = targetKeys(l.spec)
 		if l.unkept {
 			if err := l.writeDown(l.drains); err != nil {
 				l.log.Error("targets that have left will drain anew after a restart", zap.Error(err))
@@ -121,18 +124,12 @@ func (l *loop) receive(ctx context.Context, in inbox) {
 	for _, k := range in.leftover {
 		l.leftover[k] = time.Now()
 	}
-	known := targetKeys(l.spec)
-	for k, h := range in.health {
-		if !known[k] {
-			continue
-		}
-		if _, waits := l.fresh[k]; !waits && l.health[k].State != h.State {
-			l.fresh[k] = h.Since
-		}
-		l.health[k] = h
-	}
+	news := l.learn(in.health)
 	if in.holds != nil {
-		l.holds = l.holds.with(in.holds, known)
+		l.holds = l.holds.with(in.holds, l.known)
+	}
+	if !news && in.leftover == nil && in.holds == nil {
+		return
 	}
 	if l.counts.Took < costly {
 		l.pass(ctx, false)
@@ -141,6 +138,23 @@ func (l *loop) receive(ctx context.Context, in inbox) {
 	if at := time.Now().Add(gather); l.changeAt.IsZero() || at.Before(l.changeAt) {
 		l.changeAt = at
 	}
+}
+
+// learn takes in what the health checks found, and reports whether that is news:
+// a reload tells again of all targets.
+func (l *loop) learn(found map[TargetKey]Health) (news bool) {
+	for k, h := range found {
+		old, told := l.health[k]
+		if !l.known[k] || told && old.same(h) {
+			continue
+		}
+		if _, waits := l.unapplied[k]; !waits && old.State != h.State {
+			l.unapplied[k] = h.Since
+		}
+		l.health[k] = h
+		news = true
+	}
+	return news
 }
 
 func targetKeys(spec *Spec) map[TargetKey]bool {
@@ -184,8 +198,8 @@ func (l *loop) replace(ctx context.Context, spec *Spec) error {
 	}
 	l.spec = spec
 	l.counts.Generation++
-	known := targetKeys(spec)
-	maps.DeleteFunc(l.health, func(k TargetKey, _ Health) bool { return !known[k] })
+	l.known = targetKeys(spec)
+	maps.DeleteFunc(l.health, func(k TargetKey, _ Health) bool { return !l.known[k] })
 	l.settle(done)
 	l.log.Info("configuration is in force", zap.Uint64("generation", l.counts.Generation),
 		zap.Int("listeners", len(spec.Listeners)), zap.Int("target_groups", len(spec.TargetGroups)))
@@ -194,7 +208,7 @@ func (l *loop) replace(ctx context.Context, spec *Spec) error {
 
 // keep makes drains those in force, once they are written down.
 func (l *loop) keep(drains Drains) error {
-	if reflect.DeepEqual(drains, l.drains) {
+	if !l.unkept && reflect.DeepEqual(drains, l.drains) {
 		return nil
 	}
 	return l.writeDown(drains)
@@ -212,21 +226,21 @@ func (l *loop) writeDown(drains Drains) error {
 // crash before that is harmless: the next start drains what has left since the
 // last note, unless it drains already.
 func (l *loop) note() {
-	if l.noted == l.spec {
+	if l.keptSpec == l.spec {
 		return
 	}
 	now := Registered(l.spec)
 	if !reflect.DeepEqual(now, l.registered) {
 		if err := l.exchange(now); err != nil {
-			if !l.mute {
+			if !l.unregistered {
 				l.log.Error("what is registered cannot be written down, trying on: "+
 					"targets that leave while no daemon runs would not be drained", zap.Error(err))
 			}
-			l.mute = true
+			l.unregistered = true
 			return
 		}
 	}
-	l.registered, l.noted, l.mute = now, l.spec, false
+	l.registered, l.keptSpec, l.unregistered = now, l.spec, false
 }
 
 // exchange replaces what is noted. A target must not be missing from both lists.
@@ -292,7 +306,7 @@ func (l *loop) rehearse(ctx context.Context, spec *Spec, drains Drains) error {
 // pass makes the kernel hold the Spec in force and records what came of it.
 // With look it asks the host anew for the routes.
 func (l *loop) pass(ctx context.Context, look bool) {
-	l.tidy(time.Now())
+	l.tidy(time.Now(), look)
 	done := l.converge(ctx, l.spec, look)
 	if ctx.Err() != nil {
 		return // the stop is the failure
@@ -300,16 +314,19 @@ func (l *loop) pass(ctx context.Context, look bool) {
 	l.settle(done)
 }
 
-// tidy forgets what is over.
-func (l *loop) tidy(now time.Time) {
+// tidy forgets what is over. What could not be written down is tried again with
+// each look: a disk that fails must not stand in the way of each verdict.
+func (l *loop) tidy(now time.Time, look bool) {
 	l.holds = l.holds.current(l.spec, now)
 	maps.DeleteFunc(l.leftover, func(_ TargetKey, at time.Time) bool { return !now.Before(at.Add(terminateFor)) })
 	next, changed := l.drains.settle(l.leftover, now)
-	if !changed {
+	if !changed && !(l.unkept && look) {
 		return
 	}
 	if err := l.keep(next); err != nil {
-		l.log.Error("a drain that is over will be found again after a restart", zap.Error(err))
+		if !l.unkept {
+			l.log.Error("a drain that is over will be found again after a restart", zap.Error(err))
+		}
 		l.drains, l.unkept = next, true
 	}
 }
@@ -320,7 +337,10 @@ type outcome struct {
 	groups []TargetGroupStatus
 	looked bool
 	begun  time.Time
-	err    error
+	// held says that the kernel holds want, though the routes that it rests on
+	// may not be today's, which is an error all the same.
+	held bool
+	err  error
 }
 
 func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
@@ -342,11 +362,13 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 	}
 	// When what is wanted is what was there, a change to be made is one that
 	// somebody else undid.
-	repair := l.held != nil && reflect.DeepEqual(l.held, done.want)
+	held := l.held
+	repair := sync.OnceValue(func() bool { return held != nil && reflect.DeepEqual(held, done.want) })
 	l.held = nil
-	err := Converge(ctx, l.parts, done.want, func(p PartPlan) { l.wrote(p, repair) })
+	l.changing.Store(true)
+	err := Converge(ctx, l.parts, done.want, func(p PartPlan) { l.wrote(p, repair()) })
 	if err == nil {
-		l.held = done.want
+		l.held, done.held = done.want, true
 	}
 	// Yesterday's routes carry today's health, but they are to be found again.
 	done.err = errors.Join(err, lost)
@@ -354,18 +376,7 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 }
 
 func (l *loop) findRoutes(ctx context.Context, spec *Spec) (map[netip.Addr]Route, error) {
-	var targets []netip.Addr
-	for _, g := range spec.TargetGroups {
-		for _, t := range g.Targets {
-			targets = append(targets, t.Address)
-		}
-	}
-	for _, d := range l.drains {
-		if d.Removed {
-			targets = append(targets, d.Target.Address)
-		}
-	}
-	routes, err := l.router.Routes(ctx, sortedSet(targets, netip.Addr.Compare), spec.HasVIP)
+	routes, err := l.router.Routes(ctx, RoutedAddrs(spec, l.drains), spec.HasVIP)
 	if err != nil {
 		return nil, fmt.Errorf("find the routes to the targets: %w", err)
 	}
@@ -403,7 +414,10 @@ func (l *loop) settle(done outcome) {
 		l.resyncAt = now.Add(l.resync)
 		l.restUntil = now.Add(driftRest * now.Sub(done.begun))
 	}
-	l.noteTerminating(done, now)
+	if done.held {
+		l.noteTerminating(done, now)
+		l.noteLatency(now)
+	}
 	l.changeAt = nextChange(done.groups)
 	l.failOpen = make(map[string]FailOpenState, len(done.groups))
 	for _, g := range done.groups {
@@ -424,12 +438,10 @@ func (l *loop) settle(done outcome) {
 // noteTerminating counts the time in which flows are ended from when the kernel
 // began to, which a busy host may do late.
 func (l *loop) noteTerminating(done outcome, now time.Time) {
-	if done.err != nil {
-		return
-	}
 	next := make(map[TargetKey]bool)
 	for _, g := range done.groups {
-		for _, t := range g.Targets {
+		for i := range g.Targets {
+			t := &g.Targets[i]
 			if !t.Terminate {
 				continue
 			}
@@ -441,6 +453,14 @@ func (l *loop) noteTerminating(done outcome, now time.Time) {
 		}
 	}
 	l.terminating = next
+}
+
+// noteLatency counts the verdicts that the kernel has now.
+func (l *loop) noteLatency(now time.Time) {
+	for _, since := range l.unapplied {
+		l.counts.Latency.add(now.Sub(since))
+	}
+	clear(l.unapplied)
 }
 
 func (l *loop) failed(err error, now time.Time) {
@@ -461,22 +481,20 @@ func (l *loop) succeeded(done outcome, now time.Time) {
 	l.failures = 0
 	l.retryAt = time.Time{}
 	l.counts.Converged, l.counts.Took = now, now.Sub(done.begun)
-	for _, since := range l.fresh {
-		l.counts.Latency.add(now.Sub(since))
-	}
-	clear(l.fresh)
 }
 
 func (l *loop) publish(done outcome, now time.Time) {
 	next := l.counts
-	next.Spec, next.Desired, next.Groups, next.Passed = l.spec, done.want, done.groups, now
+	next.Spec, next.Desired, next.Groups, next.Passed, next.Held = l.spec, done.want, done.groups, now, done.held
 	var before []TargetGroupStatus
 	if s := l.snapshot.Load(); s != nil {
 		before = s.Groups
 	}
-	stamp(before, next.Groups, now)
-	logTransitions(l.log, before, next.Groups)
+	known := statusByKey(before)
+	stamp(known, next.Groups, now)
+	logTransitions(l.log, known, before, next.Groups)
 	l.snapshot.Store(&next)
+	l.changing.Store(false)
 	select {
 	case l.passed <- struct{}{}:
 	default: // a look that nobody took yet covers this pass

@@ -52,16 +52,16 @@ type Options struct {
 	Holds Holds
 	// Drains are those that were under way, or over, before a restart.
 	Drains Drains
-	// Remember keeps drains for a restart. It is called before they take
+	// KeepDrains keeps drains for a restart. It is called before they take
 	// effect; after an error they do not. Nil keeps nothing.
-	Remember func(Drains) error
+	KeepDrains func(Drains) error
 	// Registered is what was registered when a daemon last ran, as Registered
 	// reduces it: targets that Spec does not have begin to drain. Nil drains none.
 	Registered *Spec
-	// Register keeps what is registered for a restart. It is called with a
+	// KeepRegistered keeps what is registered for a restart. It is called with a
 	// reduced Spec once that is in force, if it differs from the last one, and
 	// again later after an error. Nil keeps nothing.
-	Register func(*Spec) error
+	KeepRegistered func(*Spec) error
 	// Resync is how often the kernel is looked at in any case. 0 means DefaultResync.
 	Resync time.Duration
 }
@@ -84,6 +84,7 @@ type Reconciler struct {
 	passed    chan struct{} // holds one: there is a new snapshot
 	stopped   chan struct{} // closed when Run returns
 	snapshot  atomic.Pointer[Snapshot]
+	changing  atomic.Bool // the kernel may hold something else than the snapshot says
 
 	mu    sync.Mutex
 	inbox inbox // mu
@@ -113,11 +114,11 @@ func NewReconciler(o Options) *Reconciler {
 	if health == nil {
 		health = make(HealthView)
 	}
-	if o.Remember == nil {
-		o.Remember = func(Drains) error { return nil }
+	if o.KeepDrains == nil {
+		o.KeepDrains = func(Drains) error { return nil }
 	}
-	if o.Register == nil {
-		o.Register = func(*Spec) error { return nil }
+	if o.KeepRegistered == nil {
+		o.KeepRegistered = func(*Spec) error { return nil }
 	}
 	now := time.Now()
 	known := o.Drains.overdue(now)
@@ -133,10 +134,10 @@ func NewReconciler(o Options) *Reconciler {
 		start: loop{
 			spec: o.Spec, key: o.Key, health: health, holds: maps.Clone(o.Holds), drains: drains, leftover: make(map[TargetKey]time.Time),
 			unkept: !reflect.DeepEqual(drains, known), registered: o.Registered,
-			fresh: make(map[TargetKey]time.Time),
+			unapplied: make(map[TargetKey]time.Time),
 		},
-		remember:  o.Remember,
-		register:  o.Register,
+		remember:  o.KeepDrains,
+		register:  o.KeepRegistered,
 		passed:    make(chan struct{}, 1),
 		requests:  make(chan request),
 		wake:      make(chan struct{}, 1),
@@ -196,6 +197,9 @@ func (r *Reconciler) request(ctx context.Context, do func(context.Context, *loop
 // SetHealth records what the health checks found. Targets that the Spec in
 // force does not have are ignored.
 func (r *Reconciler) SetHealth(found map[TargetKey]Health) {
+	if len(found) == 0 {
+		return
+	}
 	r.tell(func(in *inbox) {
 		if in.health == nil {
 			in.health = make(map[TargetKey]Health, len(found))

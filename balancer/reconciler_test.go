@@ -309,6 +309,59 @@ func TestLostRoutesDoNotStopHealth(t *testing.T) {
 	})
 }
 
+// The kernel holds what rests on yesterday's routes: verdicts that it got count,
+// and so does the time in which it ends flows.
+func TestLostRoutesDoNotHideWhatTheKernelHolds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		spec := webSpec(2)
+		spec.TargetGroups[0].Unhealthy.ConnectionTermination = true
+		w, router := newWorld(), &fakeRouter{}
+		r, stop := start(Options{Parts: w.parts(), Router: router, Spec: spec})
+		defer stop()
+		synctest.Wait()
+		lost := errors.New("netlink: interrupted system call")
+		router.err.Store(&lost)
+		w.setFault(func(step) error { return errors.New("busy") })
+		now := time.Now()
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(now), webKey("10.0.1.12"): unhealthy(now)})
+		synctest.Wait()
+		w.setFault(nil)
+		time.Sleep(time.Second) // retries, which look for routes
+		synctest.Wait()
+		s := r.Snapshot()
+		if s.Err == nil || s.Latency.Count != 2 || s.Latency.Sum < firstBackOff {
+			t.Errorf("%d verdicts reached the kernel, in %v; want 2, not at once; error: %v", s.Latency.Count, s.Latency.Sum, s.Err)
+		}
+		if until := s.Groups[0].Targets[1].TerminateUntil; !until.After(now.Add(terminateFor)) {
+			t.Errorf("flows are ended until %v after the verdict, not after the kernel had it", until.Sub(now))
+		}
+	})
+}
+
+// What is known already is no reason to look at the kernel.
+func TestNoNewsNoPass(t *testing.T) {
+	inBubble(t, webSpec(2), func(t *testing.T, _ *world, r *Reconciler) {
+		found := map[TargetKey]Health{webKey("10.0.1.11"): healthy(time.Now())}
+		r.SetHealth(found)
+		synctest.Wait()
+		before := r.Snapshot()
+		r.SetHealth(found)
+		r.SetHealth(nil)
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.99"): healthy(time.Now())})
+		synctest.Wait()
+		if r.Snapshot() != before {
+			t.Error("a pass without news")
+		}
+		worse := found[webKey("10.0.1.11")]
+		worse.Description = "slow"
+		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): worse})
+		synctest.Wait()
+		if r.Snapshot() == before {
+			t.Error("no pass although there was news")
+		}
+	})
+}
+
 func TestStopLeavesTheKernelAndRefuses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()

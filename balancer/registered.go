@@ -28,7 +28,7 @@ func Registered(spec *Spec) *Spec {
 			Targets: make([]Target, 0, len(g.Targets)),
 		}
 		for _, t := range g.Targets {
-			reduced.Targets = append(reduced.Targets, Target{Address: t.Address, Port: t.Port, Weight: t.Weight})
+			reduced.Targets = append(reduced.Targets, Target{Address: t.Address, Port: t.Port, Weight: t.Weight, ClientIP: t.ClientIP})
 		}
 		slices.SortFunc(reduced.Targets, func(a, b Target) int { return a.AddrPort().Compare(b.AddrPort()) })
 		groups = append(groups, reduced)
@@ -66,6 +66,8 @@ type targetRecord struct {
 	Address netip.Addr `json:"address"`
 	Port    uint16     `json:"port"`
 	Weight  int        `json:"weight"`
+	// ClientIP is the target's own.
+	ClientIP ClientIP `json:"client_ip,omitzero"`
 }
 
 // EncodeRegistered is the content of the file that SaveRegistered writes.
@@ -76,7 +78,7 @@ func EncodeRegistered(spec *Spec) ([]byte, error) {
 		delay := g.DeregistrationDelay
 		r := groupRecord{g.Name, g.Protocol, g.ClientIP, delayRecord{delay.Timeout.String(), delay.ConnectionTermination}, []targetRecord{}}
 		for _, t := range g.Targets {
-			r.Targets = append(r.Targets, targetRecord{t.Address, t.Port, t.Weight})
+			r.Targets = append(r.Targets, targetRecord{t.Address, t.Port, t.Weight, t.ClientIP})
 		}
 		records = append(records, r)
 	}
@@ -118,27 +120,44 @@ func (r groupRecord) group() (TargetGroup, error) {
 		return g, fmt.Errorf("deregistration_delay: %w", err)
 	case delay < 0:
 		return g, fmt.Errorf("a deregistration_delay of %v", delay)
-	case r.Name == "" || r.Protocol == 0 || r.ClientIP == 0:
-		return g, errors.New("a name, a protocol or a client_ip is missing")
+	}
+	if err := checkGroup(r.Name, r.Protocol, r.ClientIP); err != nil {
+		return g, err
 	}
 	g.DeregistrationDelay = DeregistrationDelay{Timeout: delay, ConnectionTermination: r.Delay.Terminate}
 	known := make(map[netip.AddrPort]bool)
 	for _, t := range r.Targets {
-		target := Target{Address: t.Address, Port: t.Port, Weight: t.Weight}
+		target := Target{Address: t.Address, Port: t.Port, Weight: t.Weight, ClientIP: t.ClientIP}
 		at := target.AddrPort()
-		a := t.Address
-		switch {
-		case !a.IsGlobalUnicast() || a.Is4In6() || a.Zone() != "" || t.Port == 0:
-			return g, fmt.Errorf("%v is no target", at)
-		case t.Weight < 0 || t.Weight > maxWeight:
-			return g, fmt.Errorf("target %v: %d is no weight", at, t.Weight)
-		case known[at]:
+		if err := checkTarget(at, t.Weight); err != nil {
+			return g, err
+		}
+		if known[at] {
 			return g, fmt.Errorf("target %v is there twice", at)
 		}
 		known[at] = true
 		g.Targets = append(g.Targets, target)
 	}
 	return g, nil
+}
+
+// checkGroup refuses what no Spec has.
+func checkGroup(name string, protocol Protocol, mode ClientIP) error {
+	if name == "" || protocol == 0 || mode == 0 {
+		return errors.New("a name, a protocol or a client_ip is missing")
+	}
+	return nil
+}
+
+// checkTarget refuses what no Spec has.
+func checkTarget(at netip.AddrPort, weight int) error {
+	switch a := at.Addr(); {
+	case !a.IsGlobalUnicast() || a.Is4In6() || a.Zone() != "" || at.Port() == 0:
+		return fmt.Errorf("%v is no target", at)
+	case weight < 0 || weight > maxWeight:
+		return fmt.Errorf("target %v: %d is no weight", at, weight)
+	}
+	return nil
 }
 
 // maxWeight is the largest Target.Weight.

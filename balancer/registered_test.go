@@ -31,6 +31,7 @@ func richSpec() *Spec {
 	web := &spec.TargetGroups[0]
 	web.Targets[0].Colocated = prefixes("10.244.1.0/24")
 	web.Targets[0].Weight = 256
+	web.Targets[1].ClientIP = ProxyProtocolV2
 	web.Targets = append(web.Targets, Target{Address: addr("2001:db8::11"), Port: 8080})
 	slices.Reverse(web.Targets)
 	spec.TargetGroups = append(spec.TargetGroups,
@@ -68,7 +69,8 @@ const richContent = `[
    {
     "address": "10.0.1.12",
     "port": 8080,
-    "weight": 1
+    "weight": 1,
+    "client_ip": "proxy_protocol_v2"
    },
    {
     "address": "2001:db8::11",
@@ -214,7 +216,7 @@ func (s *shelf) options(w *world, spec *Spec) Options {
 	drains, registered := s.kept()
 	return Options{
 		Parts: w.parts(), Spec: spec, Drains: drains, Registered: registered,
-		Remember: func(d Drains) error {
+		KeepDrains: func(d Drains) error {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if s.drainsErr != nil {
@@ -223,7 +225,7 @@ func (s *shelf) options(w *world, spec *Spec) Options {
 			s.drains, s.writes = maps.Clone(d), append(s.writes, "drains")
 			return nil
 		},
-		Register: func(spec *Spec) error {
+		KeepRegistered: func(spec *Spec) error {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if s.targetsErr != nil {

@@ -94,7 +94,7 @@ func TestStaleEntriesOfRelayed(t *testing.T) {
 		{"UDP", flow(ProtoUDP, source, "10.0.1.11:8080", "10.0.1.11:8080"), false},
 	} {
 		for _, untracked := range []bool{true, false} {
-			j := newStaleness(&Desired{Table: relayedTable()}, nil, nil, untracked)
+			j := newStaleness(&Desired{Table: relayedTable()}, nil, untracked)
 			if got := j.stale(c.flow); got != (c.want && untracked) {
 				t.Errorf("%s, untracked %v: stale %v", c.name, untracked, got)
 			}

@@ -27,3 +27,20 @@ func (s *Spec) ProbeSource(g *TargetGroup, target netip.Addr) netip.Addr {
 	}
 	return source
 }
+
+// RoutedAddrs lists, sorted, the addresses of all targets: those of spec and those
+// that have left it and drain.
+func RoutedAddrs(spec *Spec, drains Drains) []netip.Addr {
+	var targets []netip.Addr
+	for _, g := range spec.TargetGroups {
+		for _, t := range g.Targets {
+			targets = append(targets, t.Address)
+		}
+	}
+	for target, d := range drains {
+		if d.Removed {
+			targets = append(targets, target.AddrPort.Addr())
+		}
+	}
+	return sortedSet(targets, netip.Addr.Compare)
+}

@@ -107,6 +107,7 @@ func (p *CheckProtocol) UnmarshalText(b []byte) error {
 // A Spec is what the operator wants, complete and valid. It is never modified
 // after it was made: a reload makes another.
 type Spec struct {
+	Dataplane Dataplane
 	// SourceAddresses are the balancer's own addresses for SNAT, relayed
 	// connections and probes. Empty for a family means: per target, the source
 	// of the route towards it.
@@ -193,6 +194,14 @@ type TargetGroup struct {
 	HealthCheck         HealthCheck
 	Passive             PassiveCheck
 	Targets             []Target
+}
+
+// ClientIPOf is how the client's address travels to one of g's targets.
+func (g *TargetGroup) ClientIPOf(t Target) ClientIP {
+	if t.ClientIP != 0 {
+		return t.ClientIP
+	}
+	return g.ClientIP
 }
 
 // DeregistrationDelay is what happens to the flows of a target that leaves.

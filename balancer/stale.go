@@ -1,6 +1,9 @@
 package balancer
 
-import "net/netip"
+import (
+	"maps"
+	"net/netip"
+)
 
 // A staleness judges which flows would go elsewhere if they began now, and have
 // no way to notice: the entry of a UDP flow lives for as long as its client
@@ -13,8 +16,9 @@ type staleness struct {
 	// leaving has the targets whose UDP flows do not wait for a deadline.
 	leaving map[TargetKey]bool
 	here    map[TargetKey]bool
-	// untracked says that entries of what the relay has alone are left from
-	// another time; see leftTracked.
+	by      Dataplane
+	// untracked says what the Table does. The rest is empty unless entries of what
+	// the relay has alone are left from another time; see leftTracked.
 	untracked  bool
 	relayed    map[netip.AddrPort]bool // services
 	relayDests map[netip.AddrPort]bool
@@ -27,12 +31,13 @@ type serviceAddr struct {
 }
 
 // newStaleness judges by what should hold now. Vips are those that we have, or
-// had a moment ago.
-func newStaleness(want *Desired, groups []TargetGroupStatus, vips map[netip.Addr]bool, untracked bool) *staleness {
+// had a moment ago; untracked says whether relayed connections are not tracked, or
+// were not.
+func newStaleness(want *Desired, vips map[netip.Addr]bool, untracked bool) *staleness {
 	j := &staleness{
 		services: make(map[serviceAddr]map[string]bool), vips: vips,
 		leaving: make(map[TargetKey]bool), here: make(map[TargetKey]bool),
-		untracked: untracked,
+		untracked: want.Table.UntrackedRelay, by: want.Table.Dataplane,
 	}
 	if untracked {
 		only := want.Table.RelayedOnly()
@@ -52,17 +57,22 @@ func newStaleness(want *Desired, groups []TargetGroupStatus, vips map[netip.Addr
 	}
 	for _, p := range want.Table.Pools {
 		for _, d := range p.Destinations {
-			j.here[TargetKey{Group: p.Name, AddrPort: d.AddrPort()}] = true
-		}
-	}
-	for _, g := range groups {
-		for _, t := range g.Targets {
-			if t.Removed || t.Cut {
-				j.leaving[t.key(g.Name)] = true
+			key := TargetKey{Group: p.Name, AddrPort: d.AddrPort()}
+			j.here[key] = true
+			if d.Leaves {
+				j.leaving[key] = true
 			}
 		}
 	}
 	return j
+}
+
+// equal reports whether two judge alike; other may be nil.
+func (j *staleness) equal(other *staleness) bool {
+	return other != nil && j.untracked == other.untracked && j.by == other.by &&
+		maps.EqualFunc(j.services, other.services, maps.Equal) &&
+		maps.Equal(j.vips, other.vips) && maps.Equal(j.leaving, other.leaving) && maps.Equal(j.here, other.here) &&
+		maps.Equal(j.relayed, other.relayed) && maps.Equal(j.relayDests, other.relayDests) && maps.Equal(j.sources, other.sources)
 }
 
 func setOf[E comparable](list []E) map[E]bool {
@@ -77,7 +87,7 @@ func setOf[E comparable](list []E) map[E]bool {
 // because they were not tracked. If the connection is tracked again, conntrack
 // takes what follows for invalid, while one that it does not know is picked up.
 func (j *staleness) leftTracked(f Flow) bool {
-	return j.untracked && f.Protocol == ProtoTCP && f.Target == f.VIP &&
+	return f.Protocol == ProtoTCP && f.Target == f.VIP &&
 		(j.relayed[f.VIP] || j.relayDests[f.VIP] && j.sources[f.Client.Addr()])
 }
 
@@ -94,5 +104,7 @@ func (j *staleness) stale(f Flow) bool {
 	case !served || !j.here[f.To] || !pools[f.To.Group]:
 		return true
 	}
-	return j.leaving[f.To] || f.Target != f.To.AddrPort
+	// IPVS forgets flows once it has no service for them, and nobody rewrites their
+	// packets any more. The other way round, conntrack goes on.
+	return j.leaving[f.To] || f.By == IPVS && j.by != IPVS || f.Target != f.To.AddrPort
 }

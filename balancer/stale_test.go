@@ -28,10 +28,9 @@ func TestStaleFlows(t *testing.T) {
 			webKey("10.0.1.99"): Drain{Since: now, Until: now.Add(2 * time.Hour), Removed: true, Target: removed.Target, Protocol: TCPUDP},
 		},
 	}
-	groups := Targets(spec, seen)
 	vip := netip.AddrPortFrom(spec.Listeners[0].VIP, spec.Listeners[0].Port)
 	vips := map[netip.Addr]bool{vip.Addr(): true}
-	j := newStaleness(Forward(spec, seen), groups, vips, false)
+	j := newStaleness(Forward(spec, seen), vips, false)
 	client := at("203.0.113.9:40112")
 	to := func(proto uint8, target string) Flow {
 		key := webKey(target)
@@ -48,6 +47,10 @@ func TestStaleFlows(t *testing.T) {
 	pastTCP.Protocol = ProtoTCP
 	strangers := past
 	strangers.VIP, strangers.Target = at("192.0.2.1:53"), at("192.0.2.1:53")
+	virtual := to(ProtoUDP, "10.0.1.11")
+	virtual.By = IPVS
+	virtualTCP := to(ProtoTCP, "10.0.1.11")
+	virtualTCP.By = IPVS
 	left := to(ProtoUDP, "10.0.1.55")
 	left.To = TargetKey{}
 	for _, c := range []struct {
@@ -62,6 +65,8 @@ func TestStaleFlows(t *testing.T) {
 		{"removed from the file", to(ProtoUDP, "10.0.1.99"), true},
 		{"removed from the file, TCP", to(ProtoTCP, "10.0.1.99"), false},
 		{"target left long ago", left, true},
+		{"of IPVS", virtual, true},
+		{"of IPVS, TCP", virtualTCP, false},
 		{"number of another", elsewhere, true},
 		{"listener gone", otherPort, true},
 		{"before the listener", past, true},

@@ -4,7 +4,6 @@ import (
 	"context"
 	"maps"
 	"net/netip"
-	"reflect"
 	"slices"
 	"time"
 
@@ -20,6 +19,10 @@ const (
 	lookEvery = 50 * time.Millisecond
 	// forgetAfter leaves a slow client a round trip for the last one.
 	forgetAfter = 2500 * time.Millisecond
+	// forgetSpare is how long before a target's time is over its last flows must
+	// be about to be forgotten, or more time is asked for: each look at the flows
+	// of a busy host takes a second or so.
+	forgetSpare = time.Second
 	// pruneEvery is how often all flows are judged when nothing changed.
 	pruneEvery = 30 * time.Second
 	// sweepRetry is the pause after a failure.
@@ -39,10 +42,12 @@ type Sweeper struct {
 	log        *zap.Logger
 
 	// The goroutine of Run owns these.
-	cuts   map[TargetKey]*cut
-	judged *Snapshot // flows were judged by it
-	prune  time.Time // when to judge again in any case
-	vips   map[netip.Addr]bool
+	cuts      map[TargetKey]*cut
+	ending    current[map[TargetKey]bool]
+	staleness current[*staleness]
+	judged    *staleness // all flows were judged by it
+	prune     time.Time  // when to judge again in any case
+	vips      map[netip.Addr]bool
 }
 
 // A cut is a target whose flows are being ended.
@@ -53,7 +58,9 @@ type cut struct {
 	// waiting has the flows whose ends were asked to speak, as they were before.
 	waiting map[flowEnds]Flow
 	ended   int
-	done    bool
+	// tried is when whatever was left could not be forgotten.
+	tried time.Time
+	done  bool
 }
 
 // flowEnds tells a target's flows from each other.
@@ -63,7 +70,32 @@ func (f Flow) ends() flowEnds { return flowEnds{f.Client, f.VIP} }
 
 // NewSweeper returns a Sweeper that does what r's snapshots say.
 func NewSweeper(r *Reconciler, flows FlowTable, log *zap.Logger) *Sweeper {
-	return &Sweeper{reconciler: r, flows: flows, log: log, cuts: make(map[TargetKey]*cut), vips: make(map[netip.Addr]bool)}
+	s := &Sweeper{reconciler: r, flows: flows, log: log, cuts: make(map[TargetKey]*cut), vips: make(map[netip.Addr]bool)}
+	s.ending = current[map[TargetKey]bool]{reconciler: r, derive: terminating}
+	s.staleness = current[*staleness]{reconciler: r, derive: s.stalenessOf}
+	return s
+}
+
+// terminating has the targets whose flows are to be ended.
+func terminating(snapshot *Snapshot) map[TargetKey]bool {
+	keys := make(map[TargetKey]bool)
+	for _, g := range snapshot.Groups {
+		for _, t := range g.Targets {
+			if t.Terminate {
+				keys[t.key(g.Name)] = true
+			}
+		}
+	}
+	return keys
+}
+
+func (s *Sweeper) stalenessOf(snapshot *Snapshot) *staleness {
+	table := snapshot.Desired.Table
+	for _, a := range table.VIPs {
+		s.vips[a] = true
+	}
+	before := s.judged != nil && s.judged.untracked
+	return newStaleness(snapshot.Desired, maps.Clone(s.vips), table.UntrackedRelay || before)
 }
 
 // Run sweeps after each pass of the Reconciler that changed something, until
@@ -79,7 +111,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 		case <-timer.C:
 		}
 		wait := pruneEvery
-		if snapshot := s.reconciler.Snapshot(); snapshot != nil && snapshot.Err == nil {
+		if snapshot := s.reconciler.Snapshot(); snapshot != nil && snapshot.Held {
 			begun := time.Now()
 			wait = s.sweep(ctx, snapshot, begun)
 			if !sleep(ctx, min(sweepRest*time.Since(begun), longestRest)) {
@@ -93,24 +125,27 @@ func (s *Sweeper) Run(ctx context.Context) error {
 // sweep does what is due and returns how long nothing will be.
 func (s *Sweeper) sweep(ctx context.Context, snapshot *Snapshot, now time.Time) time.Duration {
 	wait := s.cut(ctx, snapshot.Groups, now)
-	changed := s.judged == nil || !reflect.DeepEqual(s.judged.Desired, snapshot.Desired)
-	if !changed && now.Before(s.prune) {
+	begun, _ := s.staleness.get()
+	if begun.equal(s.judged) && now.Before(s.prune) {
 		return min(wait, s.prune.Sub(now))
 	}
-	for _, a := range snapshot.Desired.Table.VIPs {
-		s.vips[a] = true
-	}
-	untracked := snapshot.Desired.Table.UntrackedRelay || s.judged != nil && s.judged.Desired.Table.UntrackedRelay
-	j := newStaleness(snapshot.Desired, snapshot.Groups, s.vips, untracked)
-	n, err := s.flows.Prune(ctx, j.stale)
-	if err != nil {
-		s.failed(ctx, "stale flows cannot be removed, trying again", err)
-		return sweepRetry
-	}
+	judgedAll := true
+	n, err := s.flows.Prune(ctx, func(f Flow) bool {
+		j, ok := s.staleness.get()
+		judgedAll = judgedAll && ok
+		return ok && j.stale(f)
+	})
 	if n > 0 {
 		s.log.Info("stale flows removed: their next packets choose anew", zap.Int("flows", n))
 	}
-	s.judged, s.prune = snapshot, now.Add(pruneEvery)
+	if err != nil {
+		s.failed(ctx, "stale flows cannot be removed, trying again", err)
+	}
+	if err != nil || !judgedAll {
+		return min(wait, sweepRetry)
+	}
+	// If it changed meanwhile, those that were looked at first are judged again.
+	s.judged, s.prune = begun, now.Add(pruneEvery)
 	s.findLeftover(ctx, snapshot.Groups)
 	return min(wait, pruneEvery)
 }
@@ -125,7 +160,7 @@ func (s *Sweeper) failed(ctx context.Context, what string, err error) {
 // share each look at the flows: it costs the kernel a walk of all flows there
 // are, whoever is looked for.
 func (s *Sweeper) cut(ctx context.Context, groups []TargetGroupStatus, now time.Time) time.Duration {
-	current, due := make(map[TargetKey]*cut), make(map[TargetKey]*cut)
+	going, due := make(map[TargetKey]*cut), make(map[TargetKey]*cut)
 	for _, g := range groups {
 		for _, t := range g.Targets {
 			if !t.Terminate {
@@ -136,32 +171,53 @@ func (s *Sweeper) cut(ctx context.Context, groups []TargetGroupStatus, now time.
 			if c == nil {
 				c = &cut{begun: now}
 			}
-			current[key] = c
+			going[key] = c
 			if !c.done && !now.Before(c.next()) {
 				due[key] = c
 			}
 		}
 	}
-	s.cuts = current
+	s.cuts = going
 	if len(due) > 0 {
 		s.step(ctx, due, now)
 	}
 	wait := pruneEvery
-	for _, c := range current {
+	for _, c := range going {
 		if !c.done {
 			wait = min(wait, max(0, c.next().Sub(now)))
 		}
 	}
+	s.askForTime(groups)
 	return wait
+}
+
+// askForTime has the kernel go on ending flows of targets that were begun with
+// late, or whose flows could not be forgotten: once a target is not installed any
+// more, nobody can tell which were its.
+func (s *Sweeper) askForTime(groups []TargetGroupStatus) {
+	var late []TargetKey
+	for _, g := range groups {
+		for _, t := range g.Targets {
+			c := s.cuts[t.key(g.Name)]
+			if c != nil && !c.done && t.TerminateUntil.Before(c.end().Add(forgetSpare)) {
+				late = append(late, t.key(g.Name))
+			}
+		}
+	}
+	if len(late) > 0 {
+		s.reconciler.leftover(late)
+	}
 }
 
 // step prompts the targets' flows, forgets those whose ends were both told, and
 // at last those that are left.
 func (s *Sweeper) step(ctx context.Context, due map[TargetKey]*cut, now time.Time) {
-	s.forget(ctx, due, now)
+	forgotten := s.forget(ctx, due, now)
 	ask := make(map[TargetKey]*cut)
 	for key, c := range due {
 		switch {
+		case c.last(now) && !forgotten:
+			c.tried = now
 		case c.last(now):
 			c.done = true
 			if c.ended > 0 {
@@ -184,13 +240,24 @@ func (s *Sweeper) step(ctx context.Context, due map[TargetKey]*cut, now time.Tim
 // last says whether whatever is left is to be forgotten.
 func (c *cut) last(now time.Time) bool { return !now.Before(c.begun.Add(forgetAfter)) }
 
+// end is when whatever is left is to be forgotten next.
+func (c *cut) end() time.Time {
+	if !c.tried.IsZero() {
+		return c.tried.Add(sweepRetry)
+	}
+	return c.begun.Add(forgetAfter)
+}
+
 // next is when there is something to do: looks come quickly after a prompt, when
 // the near ends answer, and then seldom.
 func (c *cut) next() time.Time {
-	if c.prompted == 0 {
+	end := c.end()
+	switch {
+	case c.prompted == 0:
 		return c.begun
+	case !c.tried.IsZero():
+		return end
 	}
-	end := c.begun.Add(forgetAfter)
 	if c.prompted < prompts {
 		end = c.begun.Add(time.Duration(c.prompted) * promptEvery)
 	}
@@ -204,9 +271,16 @@ func (c *cut) next() time.Time {
 // forget removes the flows that are over: there was no connection when they were
 // looked at, or both ends have spoken since the rule was there that answers with
 // a reset. That a flow looks closed is no sign that both were told: the first
-// reset closes it in the kernel's eyes (nf_ct_set_closing, Linux 6.3).
-func (s *Sweeper) forget(ctx context.Context, due map[TargetKey]*cut, now time.Time) {
+// reset closes it in the kernel's eyes (nf_ct_set_closing, Linux 6.3). It reports
+// whether it could do so with all of them.
+func (s *Sweeper) forget(ctx context.Context, due map[TargetKey]*cut, now time.Time) bool {
+	judgedAll := true
 	n, err := s.flows.Forget(ctx, slices.Collect(maps.Keys(due)), func(f Flow) bool {
+		ending, ok := s.ending.get()
+		if !ok || !ending[f.To] {
+			judgedAll = false
+			return false
+		}
 		c := due[f.To]
 		before, asked := c.waiting[f.ends()]
 		return c.last(now) || f.Protocol == ProtoTCP && (!asked && !f.Live || asked && f.Sent > before.Sent && f.Answered > before.Answered)
@@ -217,6 +291,7 @@ func (s *Sweeper) forget(ctx context.Context, due map[TargetKey]*cut, now time.T
 	if err != nil {
 		s.failed(ctx, "flows of targets cannot be ended", err)
 	}
+	return err == nil && judgedAll
 }
 
 // prompt asks those ends that have not spoken.

@@ -2,8 +2,11 @@ package balancer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -22,6 +25,41 @@ type flowWorld struct {
 	// answers has how many packets a prompt draws from the client, by its port,
 	// and from the target. The first reset closes the flow.
 	answers map[uint16][2]uint64
+	// first is called, without mu, before the next call of a kind. Fail makes all
+	// calls of a kind fail.
+	first  map[string]func()
+	fail   map[string]error
+	prunes int
+}
+
+// enter begins a call. If it returns no error, the caller has mu.
+func (w *flowWorld) enter(call string) error {
+	w.mu.Lock()
+	if f := w.first[call]; f != nil {
+		delete(w.first, call)
+		w.mu.Unlock()
+		f()
+		w.mu.Lock()
+	}
+	if err := w.fail[call]; err != nil {
+		w.mu.Unlock()
+		return err
+	}
+	return nil
+}
+
+// left is how many flows the target has.
+func (w *flowWorld) left(k TargetKey) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.flows[k])
+}
+
+// set changes the world.
+func (w *flowWorld) set(change func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	change()
 }
 
 func (w *flowWorld) note(format string, args ...any) {
@@ -38,7 +76,9 @@ func (w *flowWorld) FlowsTo(_ context.Context, keys []TargetKey) (flows []Flow, 
 }
 
 func (w *flowWorld) Forget(_ context.Context, keys []TargetKey, over func(Flow) bool) (map[TargetKey]int, error) {
-	w.mu.Lock()
+	if err := w.enter("forget"); err != nil {
+		return nil, err
+	}
 	defer w.mu.Unlock()
 	forgotten := make(map[TargetKey]int)
 	for _, k := range keys {
@@ -67,8 +107,11 @@ func (w *flowWorld) forget(k TargetKey, over func(Flow) bool) (n int) {
 }
 
 func (w *flowWorld) Prune(_ context.Context, stale func(Flow) bool) (n int, err error) {
-	w.mu.Lock()
+	if err := w.enter("prune"); err != nil {
+		return 0, err
+	}
 	defer w.mu.Unlock()
+	w.prunes++
 	for k, flows := range w.flows {
 		var kept []Flow
 		for _, f := range flows {
@@ -151,5 +194,205 @@ func TestSweeperEndsFlows(t *testing.T) {
 		if n := len(flows.did); n != 4 {
 			t.Errorf("leftover: %q", flows.did)
 		}
+	})
+}
+
+// sweeping runs f in a bubble with a Sweeper of three healthy targets, of which
+// the first has a TCP flow whose ends are silent.
+func sweeping(t *testing.T, spec *Spec, f func(t *testing.T, r *Reconciler, w *flowWorld)) {
+	t.Helper()
+	inBubble(t, spec, func(t *testing.T, _ *world, r *Reconciler) {
+		now, one := time.Now(), webKey("10.0.1.11")
+		w := &flowWorld{
+			begun: now, first: make(map[string]func()), fail: make(map[string]error),
+			flows: map[TargetKey][]Flow{one: {flowTo(ProtoTCP, one, 1)}},
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		defer running.Wait()
+		defer cancel()
+		running.Go(func() { _ = NewSweeper(r, w, zap.NewNop()).Run(ctx) })
+		r.SetHealth(map[TargetKey]Health{one: healthy(now), webKey("10.0.1.12"): healthy(now), webKey("10.0.1.13"): healthy(now)})
+		pause(time.Second)
+		f(t, r, w)
+	})
+}
+
+func flowTo(proto uint8, k TargetKey, port uint16) Flow {
+	return Flow{
+		Protocol: proto, Client: netip.AddrPortFrom(addr("203.0.113.9"), port), VIP: netip.MustParseAddrPort("198.51.100.10:80"),
+		Target: k.AddrPort, To: k, Ours: true, Live: true,
+	}
+}
+
+// A target that is not installed any more has flows that nobody can tell from
+// others: it stays until they are forgotten.
+func TestDrainedFlowsAreForgottenHoweverLate(t *testing.T) {
+	one := webKey("10.0.1.11")
+	busy := errors.New("device or resource busy")
+	for _, c := range []struct {
+		name string
+		// hinder is called a second before the flows begin to be ended.
+		hinder func(t *testing.T, r *Reconciler, w *flowWorld)
+		want   string
+	}{
+		{"nothing is in the way", func(*testing.T, *Reconciler, *flowWorld) {}, "2.5s forget"},
+		{"the last attempt fails", func(_ *testing.T, _ *Reconciler, w *flowWorld) {
+			w.set(func() { w.fail["forget"] = busy })
+			time.AfterFunc(4*time.Second, func() { w.set(func() { delete(w.fail, "forget") }) })
+		}, "3.5s forget"},
+		{"attempts fail for long", func(_ *testing.T, _ *Reconciler, w *flowWorld) {
+			w.set(func() { w.fail["forget"] = busy })
+			time.AfterFunc(time.Minute, func() { w.set(func() { delete(w.fail, "forget") }) })
+		}, "59.5s forget"},
+		{"a look at all flows takes until there is little time left", func(t *testing.T, r *Reconciler, w *flowWorld) {
+			w.set(func() { w.first["prune"] = func() { time.Sleep(terminateFor) } })
+			other := minuteSpec(3)
+			other.Listeners[0].Port++
+			if err := r.SetSpec(t.Context(), other); err != nil {
+				t.Error(err)
+			}
+		}, "6.7s forget"}, // that look, a rest, and as long as always
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			sweeping(t, minuteSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
+				if err := r.Drain(t.Context(), "web", one.AddrPort.Addr(), 0); err != nil {
+					t.Fatal(err)
+				}
+				pause(59 * time.Second)
+				w.set(func() { w.begun, w.did = time.Now().Add(time.Second), nil })
+				c.hinder(t, r, w)
+				pause(2 * time.Minute)
+				w.set(func() {
+					w.did = slices.DeleteFunc(w.did, func(s string) bool { return !strings.Contains(s, "forget") })
+				})
+				if diff := cmp.Diff([]string{c.want + " web/10.0.1.11:8080: 1"}, w.did); diff != "" {
+					t.Error(diff)
+				}
+				if s := r.Snapshot().Groups[0].Targets[0]; s.Terminate || w.left(one) > 0 {
+					t.Errorf("%d flows are left, terminates: %v", w.left(one), s.Terminate)
+				}
+			})
+		})
+	}
+}
+
+func TestPromptsComeInTimeWhateverFails(t *testing.T) {
+	one := webKey("10.0.1.11")
+	sweeping(t, minuteSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
+		w.set(func() { w.fail["prune"], w.begun = errors.New("no buffer space available"), time.Now() })
+		r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now())})
+		pause(10 * time.Second)
+		want := []string{"0s prompt 1", "600ms prompt 1", "1.2s prompt 1", "2.5s forget web/10.0.1.11:8080: 1"}
+		if diff := cmp.Diff(want, w.did); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+func TestFlowsAreJudgedWhenItMatters(t *testing.T) {
+	spec := minuteSpec(3)
+	spec.TargetGroups[0].Unhealthy = UnhealthyAction{}
+	other := minuteSpec(3)
+	other.TargetGroups[0].Unhealthy = UnhealthyAction{}
+	other.Listeners[0].Port++
+	sweeping(t, spec, func(t *testing.T, r *Reconciler, w *flowWorld) {
+		prunes := func(do func()) (n int) {
+			w.set(func() { w.prunes = 0 })
+			do()
+			pause(time.Second)
+			w.set(func() { n = w.prunes })
+			return n
+		}
+		if n := prunes(func() { r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): unhealthy(time.Now())}) }); n != 0 {
+			t.Errorf("%d times after a verdict that ends no flows", n)
+		}
+		if n := prunes(func() {
+			if err := r.SetSpec(t.Context(), other); err != nil {
+				t.Error(err)
+			}
+		}); n != 1 {
+			t.Errorf("%d times after a change of a listener", n)
+		}
+		if n := prunes(func() { time.Sleep(pruneEvery) }); n != 1 {
+			t.Errorf("%d times after a while", n)
+		}
+	})
+}
+
+// A look at all flows meets some that began after a pass that it does not know.
+func TestFlowsOfALaterPassAreLeftAlone(t *testing.T) {
+	udpSpec := func(targets int) *Spec {
+		spec := minuteSpec(targets)
+		spec.Listeners[0].Protocol, spec.TargetGroups[0].Protocol = TCPUDP, TCPUDP
+		return spec
+	}
+	one, added := webKey("10.0.1.11"), webKey("10.0.1.14")
+	t.Run("stale", func(t *testing.T) {
+		sweeping(t, udpSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
+			w.set(func() {
+				w.first["prune"] = func() {
+					if err := r.SetSpec(t.Context(), udpSpec(4)); err != nil {
+						t.Error(err)
+					}
+					w.set(func() { w.flows[added] = []Flow{flowTo(ProtoUDP, added, 2)} })
+				}
+			})
+			pause(pruneEvery)
+			if w.left(added) != 1 {
+				t.Errorf("a flow to a target that has just come: %q", w.did)
+			}
+			if err := r.SetSpec(t.Context(), udpSpec(3)); err != nil {
+				t.Error(err)
+			}
+			pause(time.Second)
+			if w.left(added) != 0 {
+				t.Errorf("a flow to a target that has left: %q", w.did)
+			}
+		})
+	})
+	t.Run("of a target that is back", func(t *testing.T) {
+		sweeping(t, udpSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
+			if err := r.Drain(t.Context(), "web", one.AddrPort.Addr(), 0); err != nil {
+				t.Error(err)
+			}
+			pause(time.Minute + forgetAfter - time.Millisecond)
+			w.set(func() {
+				w.first["forget"] = func() {
+					if err := r.Undrain(t.Context(), "web", one.AddrPort.Addr(), 0); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+			pause(time.Minute)
+			if w.left(one) != 1 {
+				t.Errorf("it was forgotten: %q", w.did)
+			}
+		})
+	})
+	t.Run("while the kernel is not what it should be", func(t *testing.T) {
+		sweeping(t, udpSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
+			w.set(func() {
+				w.flows[added] = []Flow{flowTo(ProtoUDP, added, 2)}
+				w.first["prune"] = func() {
+					s := *r.Snapshot()
+					s.Held, s.Err = false, errors.New("device or resource busy")
+					r.snapshot.Store(&s)
+				}
+			})
+			other := udpSpec(3)
+			other.Listeners[0].Port++
+			if err := r.SetSpec(t.Context(), other); err != nil {
+				t.Error(err)
+			}
+			pause(time.Second)
+			if w.left(added) != 1 {
+				t.Errorf("judged: %q", w.did)
+			}
+			pause(DefaultResync)
+			if w.left(added) != 0 {
+				t.Errorf("not judged again: %q", w.did)
+			}
+		})
 	})
 }

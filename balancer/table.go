@@ -9,6 +9,8 @@ import (
 // printable, says state and not steps, and speaks the language of the kernel's
 // balancers (ipvsadm(8)): virtual services and destinations.
 type Table struct {
+	// Dataplane chooses among the Destinations.
+	Dataplane Dataplane
 	// Key keys every hash, so that a client cannot aim at a destination and
 	// balancers with the same key agree.
 	Key HashKey
@@ -77,6 +79,9 @@ type Destination struct {
 	// Terminate says that its TCP flows are being ended: whatever either end
 	// sends is answered with a reset. Weight is 0 then.
 	Terminate bool
+	// Leaves says that its UDP flows do not wait for a deadline: their next
+	// packets choose anew.
+	Leaves bool
 	// Domain is what counts as the destination's own host: sorted, not
 	// overlapping, and never without its own address.
 	Domain []netip.Prefix

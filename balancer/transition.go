@@ -7,8 +7,7 @@ import (
 )
 
 // stamp fills in since when targets are in a state that no health check dates.
-func stamp(before, now []TargetGroupStatus, at time.Time) {
-	known := statusByKey(before)
+func stamp(known map[TargetKey]*TargetStatus, now []TargetGroupStatus, at time.Time) {
 	for _, g := range now {
 		for i := range g.Targets {
 			t := &g.Targets[i]
@@ -16,7 +15,7 @@ func stamp(before, now []TargetGroupStatus, at time.Time) {
 				continue
 			}
 			t.Since = at
-			if b, ok := known[t.key(g.Name)]; ok && b.State == t.State {
+			if b := known[t.key(g.Name)]; b != nil && b.State == t.State {
 				t.Since = b.Since
 			}
 		}
@@ -24,15 +23,15 @@ func stamp(before, now []TargetGroupStatus, at time.Time) {
 }
 
 // logTransitions says what became of targets and groups that were there before.
-func logTransitions(log *zap.Logger, before, now []TargetGroupStatus) {
-	known := statusByKey(before)
+func logTransitions(log *zap.Logger, known map[TargetKey]*TargetStatus, before, now []TargetGroupStatus) {
 	failOpen := make(map[string]bool)
 	for _, g := range before {
 		failOpen[g.Name] = g.FailOpen.Open
 	}
 	for _, g := range now {
-		for _, t := range g.Targets {
-			if b, ok := known[t.key(g.Name)]; ok && b.State != t.State {
+		for i := range g.Targets {
+			t := &g.Targets[i]
+			if b := known[t.key(g.Name)]; b != nil && b.State != t.State {
 				log.Info("target health changed",
 					zap.String("target_group", g.Name), zap.Stringer("target", t.Target.AddrPort()),
 					zap.Stringer("from", b.State), zap.Stringer("to", t.State),
@@ -50,14 +49,19 @@ func logTransitions(log *zap.Logger, before, now []TargetGroupStatus) {
 	}
 }
 
-func (t TargetStatus) key(group string) TargetKey {
+func (t *TargetStatus) key(group string) TargetKey {
 	return TargetKey{Group: group, AddrPort: t.Target.AddrPort()}
 }
 
-func statusByKey(groups []TargetGroupStatus) map[TargetKey]TargetStatus {
-	byKey := make(map[TargetKey]TargetStatus)
+func statusByKey(groups []TargetGroupStatus) map[TargetKey]*TargetStatus {
+	total := 0
 	for _, g := range groups {
-		for _, t := range g.Targets {
+		total += len(g.Targets)
+	}
+	byKey := make(map[TargetKey]*TargetStatus, total)
+	for _, g := range groups {
+		for i := range g.Targets {
+			t := &g.Targets[i]
 			byKey[t.key(g.Name)] = t
 		}
 	}

@@ -16,6 +16,7 @@ func (f *rawFile) check(r *report) {
 	c.checkSources()
 	c.checkGroups()
 	c.checkListeners()
+	c.checkIPVS()
 }
 
 type checker struct {
@@ -233,13 +234,7 @@ func speaks(group, wanted balancer.Protocol) bool {
 // relays reports whether a target has, or may have, connections made by the
 // relay, which are of the target's family whatever the client's is.
 func (g *rawTargetGroup) relays() bool {
-	return slices.ContainsFunc(g.Targets, func(t rawTarget) bool {
-		mode := g.ClientIP
-		if t.ClientIP.Written {
-			mode = t.ClientIP
-		}
-		return !mode.OK || mode.V == balancer.ProxyProtocolV2
-	})
+	return slices.ContainsFunc(g.Targets, func(t rawTarget) bool { return !t.forwarded(g) })
 }
 
 // reaches reports whether a target has, or may have, the family of a.

@@ -131,7 +131,7 @@ func TestFull(t *testing.T) {
 	fast.Port, fast.Interval, fast.Timeout, fast.UnhealthyThreshold, fast.Source = 8053, 1500*time.Millisecond, 1500*time.Millisecond, 10, addr("2001:db8:1::2")
 	want := &Config{
 		Settings: Settings{
-			Dataplane: "ipvs", StateDir: "/srv/nlb", Log: LogSettings{Level: "debug", Format: "json"},
+			Dataplane: "auto", StateDir: "/srv/nlb", Log: LogSettings{Level: "debug", Format: "json"},
 			Metrics: MetricsSettings{Address: "[2001:db8:1::2]:9000"},
 		},
 		File: "full.good.yml",

@@ -25,7 +25,7 @@ import (
 type rawFile struct {
 	mapping `yaml:"-"`
 
-	Dataplane rawWord               `yaml:"dataplane" enum:"nftables|ipvs|auto" default:"nftables" doc:"The kernel interface that forwards: nftables, ipvs, or auto for the first of them that the kernel has."`
+	Dataplane rawWord               `yaml:"dataplane" enum:"nftables|ipvs|auto" default:"nftables" doc:"What in the kernel chooses targets: nftables, ipvs, or auto, which is nftables. Also --dataplane and NLB_DATAPLANE."`
 	StateDir  value[string, folder] `yaml:"state_dir" default:"/var/lib/nlb" doc:"The folder for what must survive a restart: the hash key, the targets' numbers, and who is registered, drained and healthy. Also --state-dir and NLB_STATE_DIR."`
 	Log       rawLog                `yaml:"log" doc:"What is logged and how."`
 	Metrics   rawMetrics            `yaml:"metrics" doc:"Where Prometheus metrics are served."`

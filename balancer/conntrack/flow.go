@@ -88,6 +88,7 @@ const (
 	statusSeenReply = 1 << 1
 	statusAssured   = 1 << 2
 	statusConfirmed = 1 << 3
+	statusDNAT      = 1 << 5
 	statusDying     = 1 << 9
 )
 
@@ -96,6 +97,9 @@ func (s Status) SeenReply() bool { return s&statusSeenReply != 0 }
 
 // Assured reports that the flow survives early drop when the table is full.
 func (s Status) Assured() bool { return s&statusAssured != 0 }
+
+// DNATed reports that rules of NAT gave the flow another destination.
+func (s Status) DNATed() bool { return s&statusDNAT != 0 }
 
 // dying says that the event of the flow's end was sent, or is about to be.
 func (s Status) dying() bool { return s&statusDying != 0 }

@@ -271,7 +271,7 @@ func TestStatusText(t *testing.T) {
 
 func TestStatusWithoutCounters(t *testing.T) {
 	s := webSnapshot()
-	status := NewStatus("nftables", s, Counts{}, errors.New("conntrack accounting is off"))
+	status := NewStatus(s, Counts{}, errors.New("conntrack accounting is off"))
 	target := status.TargetGroups[0].Targets[0]
 	if target.ActiveFlows != nil || target.NewFlowsTotal != nil || target.BytesTotal != nil {
 		t.Error("what nobody counted is not null")
@@ -321,7 +321,7 @@ func TestSeen(t *testing.T) {
 var since = time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
 
 func webStatus() *Status {
-	return NewStatus("nftables", webSnapshot(), Counts{
+	return NewStatus(webSnapshot(), Counts{
 		Targets: map[balancer.TargetKey]balancer.Counters{
 			{Group: "web", AddrPort: mustAddrPort("10.0.1.11:8080")}: {ActiveFlows: 3, NewFlows: 40, Bytes: 5000},
 		},

@@ -44,7 +44,8 @@ type Apply struct {
 	// Latency says how long verdicts took from the probe that decided to the end
 	// of the pass that put them into the kernel.
 	Latency Latency `json:"verdict_latency"`
-	// CountersError is why flows and bytes are null; empty when they are not.
+	// CountersError is why flows and bytes of some or all targets are null; empty
+	// when none are.
 	CountersError string `json:"counters_error,omitempty"`
 }
 
@@ -147,9 +148,9 @@ func (t Target) AddrPort() netip.AddrPort { return netip.AddrPortFrom(t.Address,
 
 // NewStatus tells a snapshot in the words of a Status. Uncounted is the reason
 // why the dataplane could not count, if it could not.
-func NewStatus(dataplane string, s *balancer.Snapshot, counted Counts, uncounted error) *Status {
+func NewStatus(s *balancer.Snapshot, counted Counts, uncounted error) *Status {
 	status := &Status{
-		Dataplane: dataplane,
+		Dataplane: s.Spec.Dataplane.String(),
 		Apply: Apply{
 			Generation:        s.Generation,
 			Error:             errorText(s.Err),
@@ -239,6 +240,7 @@ func utc(t time.Time) time.Time {
 func (s *Status) Seen() (balancer.View, *balancer.Spec) {
 	seen := balancer.View{Health: make(balancer.HealthView), Holds: make(balancer.Holds), FailOpen: make(map[string]balancer.FailOpenState)}
 	spec := new(balancer.Spec)
+	_ = spec.Dataplane.UnmarshalText([]byte(s.Dataplane)) // of a later version, perhaps
 	for _, l := range s.Listeners {
 		listener := balancer.Listener{Name: l.Name, VIP: l.VIP, Port: l.Port, Protocol: l.Protocol}
 		for _, f := range l.Forward {

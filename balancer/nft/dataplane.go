@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -149,6 +150,7 @@ func (d *Dataplane) Apply(_ context.Context, plan balancer.Plan) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	b := newBatch()
+	b.buf = slices.Grow(b.buf, p.elems()*slotBytes)
 	for i, s := range p.steps {
 		s.encode(b, i)
 	}

@@ -3,7 +3,6 @@ package nft
 import (
 	"encoding/binary"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -30,6 +29,19 @@ func (p *Plan) Lines() []string {
 		out[i] = s.text()
 	}
 	return out
+}
+
+// elems is how many elements come and go.
+func (p *Plan) elems() (n int) {
+	for _, s := range p.steps {
+		switch s := s.(type) {
+		case addElems:
+			n += len(s.elems)
+		case delElems:
+			n += len(s.elems)
+		}
+	}
+	return n
 }
 
 // A step is one command of a transaction.
@@ -91,11 +103,8 @@ func changes(have, want *Ruleset) []step {
 	for _, name := range missing(want.Sets, have.Sets) {
 		make1 = append(make1, addSet{want.Sets[name]})
 	}
-	for _, name := range slices.Sorted(maps.Keys(want.Chains)) {
+	for _, name := range differing(want.Chains, have.Chains) {
 		w, h := want.Chains[name], have.Chains[name]
-		if h == w {
-			continue
-		}
 		if h == nil {
 			make1 = append(make1, addChain{w})
 			h = &Chain{Base: w.Base}
@@ -113,11 +122,8 @@ func changes(have, want *Ruleset) []step {
 			rules = append(rules, addRule{name, r})
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(want.Sets)) {
+	for _, name := range differing(want.Sets, have.Sets) {
 		w, h := want.Sets[name], have.Sets[name]
-		if h == w {
-			continue
-		}
 		add, del := elemChanges(h, w)
 		if len(del) > 0 {
 			unname = append(unname, delElems{w, del})
@@ -156,6 +162,18 @@ func flushRank(s step) int {
 func missing[T any](a, b map[string]T) (names []string) {
 	for name := range a {
 		if _, ok := b[name]; !ok {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// differing lists, sorted, the names under which want has another value than have,
+// or one that have has not.
+func differing[T comparable](want, have map[string]T) (names []string) {
+	for name, w := range want {
+		if h, ok := have[name]; !ok || h != w {
 			names = append(names, name)
 		}
 	}
@@ -209,6 +227,7 @@ func firstOf(a, b []Elem) int {
 }
 
 func slotChanges(have, want *Set) (add, del []Elem) {
+	var added, removed slotList
 	for i, w := range want.Slots {
 		h := noSlot
 		if have != nil && i < len(have.Slots) {
@@ -218,12 +237,13 @@ func slotChanges(have, want *Set) (add, del []Elem) {
 			continue
 		}
 		if h != noSlot {
-			del = append(del, slotElem(uint32(i), h))
+			removed = removed.append(i, h)
 		}
 		if w != noSlot {
-			add = append(add, slotElem(uint32(i), w))
+			added = added.append(i, w)
 		}
 	}
+	add, del = added.elems(), removed.elems()
 	if have != nil {
 		del = append(del, have.Elems...) // keys past the table's end: drift
 	}
@@ -475,6 +495,9 @@ func putElem(a *attrs, k *kind, e Elem) {
 	}
 	a.close(elem)
 }
+
+// slotBytes is what putElem makes of a slot; most of a large transaction are slots.
+const slotBytes = 28
 
 // putString is put without a copy of the value.
 func (b *attrs) putString(typ uint16, v string) {

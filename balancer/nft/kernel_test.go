@@ -401,7 +401,9 @@ func large(n int) *balancer.Table {
 
 // BenchmarkScale reports what a thousand listeners of ten targets cost: cold,
 // one target more, and a restart that finds them all.
-func BenchmarkScale(b *testing.B) {
+func BenchmarkScale(b *testing.B) { benchmarkScale(b, balancer.NFTables) }
+
+func benchmarkScale(b *testing.B, dataplane balancer.Dataplane) {
 	ctx := context.Background()
 	spent := map[string]time.Duration{}
 	timed := func(what string, f func()) {
@@ -423,6 +425,7 @@ func BenchmarkScale(b *testing.B) {
 		d, err := New(zap.NewNop(), "")
 		must(err)
 		table := large(1000)
+		table.Dataplane = dataplane
 		timed("cold", func() { apply(d, &balancer.Desired{Table: table}) })
 		table.Pools[500].Destinations = slices.Clone(table.Pools[500].Destinations)
 		table.Pools[500].Destinations[3].Weight = 0

@@ -19,8 +19,11 @@ const (
 	markShift = 14
 	// relayed stands for the relay, which takes the flow and chooses itself.
 	relayed = 1<<16 - 1
+	// awaiting stands for IPVS, which takes the flow and has not chosen yet. Only
+	// a flow's first packet finds it, and only between two hooks.
+	awaiting = relayed - 1
 	// maxTargets is how many targets the mark can tell apart; 0 is nobody's.
-	maxTargets = relayed - 1
+	maxTargets = awaiting - 1
 )
 
 // A Mark is the part of a conntrack mark that is ours.

@@ -71,10 +71,28 @@ func behind(last, installed uint16) bool {
 	return installed > last && (last == 0 || installed-last <= maxTargets/2)
 }
 
-// assign returns numbers for exactly the given keys: those that had one keep it.
+// of lists the numbers of a pool's destinations.
+func (n *numbers) of(p *balancer.Pool) []uint16 {
+	nums := make([]uint16, len(p.Destinations))
+	for i := range p.Destinations {
+		nums[i] = n.byKey[balancer.TargetKey{Group: p.Name, AddrPort: p.Destinations[i].AddrPort()}]
+	}
+	return nums
+}
+
+// has reports whether all of the keys have a number.
+func (n *numbers) has(keys []balancer.TargetKey) bool {
+	return !slices.ContainsFunc(keys, func(k balancer.TargetKey) bool { _, ok := n.byKey[k]; return !ok })
+}
+
+// assign returns numbers for exactly the given keys, which differ: those that had
+// one keep it.
 func (n *numbers) assign(keys []balancer.TargetKey) (*numbers, error) {
 	if len(keys) > maxTargets {
 		return nil, fmt.Errorf("%d targets are more than the %d that fit the conntrack mark", len(keys), maxTargets)
+	}
+	if len(keys) == len(n.byKey) && n.has(keys) {
+		return n, nil
 	}
 	out := &numbers{byKey: make(map[balancer.TargetKey]uint16, len(keys)), byNum: make(map[uint16]balancer.TargetKey, len(keys)), last: n.last}
 	var fresh []balancer.TargetKey
@@ -96,7 +114,7 @@ func (n *numbers) assign(keys []balancer.TargetKey) (*numbers, error) {
 func (n *numbers) free() uint16 {
 	for {
 		n.last++
-		if _, taken := n.byNum[n.last]; !taken && n.last != 0 && n.last != relayed {
+		if _, taken := n.byNum[n.last]; !taken && n.last != 0 && n.last <= maxTargets {
 			return n.last
 		}
 	}

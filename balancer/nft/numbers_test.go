@@ -77,13 +77,13 @@ func TestNumbersSurvive(t *testing.T) {
 	wantNumbers(t, daemon(t, dir, pool(1, 4)), map[byte]uint16{1: 5, 4: 6})
 
 	daemon(t, dir, pool(1))
-	if err := os.WriteFile(filepath.Join(dir, lastFile), []byte("65533\n"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, lastFile), []byte("65532\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	// What comes after the end is kept, too, although the highest is installed.
-	wantNumbers(t, daemon(t, dir, pool(1, 2, 3, 4)), map[byte]uint16{1: 5, 2: 65534, 3: 1, 4: 2})
+	wantNumbers(t, daemon(t, dir, pool(1, 2, 3, 4)), map[byte]uint16{1: 5, 2: 65533, 3: 1, 4: 2})
 	wantLast(t, dir, "2\n")
-	wantNumbers(t, daemon(t, dir, pool(2, 5)), map[byte]uint16{2: 65534, 5: 3})
+	wantNumbers(t, daemon(t, dir, pool(2, 5)), map[byte]uint16{2: 65533, 5: 3})
 	wantLast(t, dir, "3\n")
 }
 
@@ -160,9 +160,9 @@ func TestBehind(t *testing.T) {
 		last, installed uint16
 		want            bool
 	}{
-		{0, 0, false}, {0, 1, true}, {0, 65534, true},
-		{7, 7, false}, {7, 8, true}, {8, 7, false}, {65534, 1, false},
-		{3, 65534, false}, {7, 7 + 32767, true}, {7, 7 + 32768, false},
+		{0, 0, false}, {0, 1, true}, {0, 65533, true},
+		{7, 7, false}, {7, 8, true}, {8, 7, false}, {65533, 1, false},
+		{3, 65533, false}, {7, 7 + 32766, true}, {7, 7 + 32767, false},
 	} {
 		if got := behind(tt.last, tt.installed); got != tt.want {
 			t.Errorf("behind(%d, %d) is %v", tt.last, tt.installed, got)

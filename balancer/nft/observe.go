@@ -120,7 +120,7 @@ func (s *socket) dumpSets(rs *Ruleset) error {
 var kinds = func() []*kind {
 	out := []*kind{slotKind, targetKind, shareKind, endedKind, countKind, flowKind}
 	for _, f := range families {
-		out = append(out, vipKinds[f], prefixKinds[f], serviceKinds[f], targetsKinds[f], sourceKinds[f])
+		out = append(out, vipKinds[f], prefixKinds[f], serviceKinds[f], targetsKinds[f], sourceKinds[f], destinationKinds[f])
 	}
 	return out
 }()

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"net/netip"
 	"reflect"
+	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -59,13 +62,23 @@ const (
 // target of ten thousand costs what one target costs.
 type renderer struct {
 	pools map[string]*renderedPool
+	// beside has the memory of the variant for IPVS. Only one of both is used.
+	beside companion
 }
 
 // render is the whole translation from virtual services to nft. Each target of
 // the table has a number in n.
 func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 	rs := newRuleset()
-	r.renderPools(rs, t, n)
+	last := poolRule
+	if t.Dataplane == balancer.IPVS {
+		r.pools = nil
+		r.beside.render(rs, t, n)
+		last = r.beside.serviceRule
+	} else {
+		r.beside = companion{}
+		r.renderPools(rs, t, n)
+	}
 	for _, name := range counterNames {
 		rs.addObject(&Object{Name: name, Type: objectCounter})
 	}
@@ -76,7 +89,7 @@ func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 		rs.addSet(targetsSet(t, f))
 	}
 	for i := range t.Services {
-		renderService(rs, t, &t.Services[i])
+		renderService(rs, t, &t.Services[i], last)
 	}
 	ended := endedSet(t, n)
 	if len(ended.Elems) > 0 {
@@ -86,7 +99,7 @@ func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 	if observed {
 		renderOutcomes(rs)
 	}
-	for _, c := range baseChains(len(ended.Elems) > 0, observed, t.UntrackedRelay) {
+	for _, c := range baseChains(t, len(ended.Elems) > 0, observed) {
 		rs.addChain(c)
 	}
 	if t.UntrackedRelay {
@@ -96,7 +109,12 @@ func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 	return rs
 }
 
-func tableKeys(t *balancer.Table) (keys []balancer.TargetKey) {
+func tableKeys(t *balancer.Table) []balancer.TargetKey {
+	total := 0
+	for i := range t.Pools {
+		total += len(t.Pools[i].Destinations)
+	}
+	keys := make([]balancer.TargetKey, 0, total)
 	for i := range t.Pools {
 		for j := range t.Pools[i].Destinations {
 			keys = append(keys, balancer.TargetKey{Group: t.Pools[i].Name, AddrPort: t.Pools[i].Destinations[j].AddrPort()})
@@ -110,7 +128,7 @@ func tableKeys(t *balancer.Table) (keys []balancer.TargetKey) {
 // baseChains are hooked in. Only while flows are being ended, or how they begin is
 // counted, do the filters look for that: otherwise a packet has nothing to pay
 // for it. The same goes for what lets untracked packets in.
-func baseChains(ending, observed, untracked bool) []*Chain {
+func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 	nat := func(name string, hook uint32, priority int32, rules ...Rule) *Chain {
 		return &Chain{Name: name, Base: &Base{Type: "nat", Hook: hook, Priority: priority}, Rules: rules}
 	}
@@ -124,15 +142,18 @@ func baseChains(ending, observed, untracked bool) []*Chain {
 		return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityFilter}, Rules: rules}
 	}
 	toDispatch := rule(func(b *ruleBuilder) { b.jump(chainDispatch) })
-	fromOutside, guard := []Rule{toDispatch}, guardRules()
-	if untracked {
+	fromOutside, guard, leaving := []Rule{toDispatch}, guardRules(t.Dataplane), sourceWanted()
+	if t.Dataplane == balancer.IPVS {
+		leaving = append([]Rule{chosenWanted()}, leaving...)
+	}
+	if t.UntrackedRelay {
 		fromOutside, guard = append(relayedBefore(), toDispatch), append(guardUntracked(), guard...)
 	}
 	return []*Chain{
 		nat("prerouting", unix.NF_INET_PRE_ROUTING, priorityDNAT, fromOutside...),
 		nat("output", unix.NF_INET_LOCAL_OUT, priorityDNAT,
 			rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.ProbeMark); b.returns() }), toDispatch),
-		nat("postrouting", unix.NF_INET_POST_ROUTING, prioritySNAT, sourceWanted()...),
+		nat("postrouting", unix.NF_INET_POST_ROUTING, prioritySNAT, leaving...),
 		filter("input", unix.NF_INET_LOCAL_IN, eachFamily(func(b *ruleBuilder, f *family) {
 			b.destInSet(f, vipsName(f))
 			b.jump(chainGuard)
@@ -177,20 +198,19 @@ func unwantedRules() []Rule {
 }
 
 // guardRules decide what of a VIP's traffic the host itself may see: replies to
-// flows that began here, what the relay takes, our own prompts to the ends of such flows, errors about
+// flows that began here, what the relay or IPVS takes, our own prompts to the ends of such flows, errors about
 // flows it knows, echo requests and neighbour discovery (ICMPv6 types 133 to 137,
 // RFC 4861). Nothing else, even if a socket listens.
-func guardRules() []Rule {
-	return []Rule{
-		rule(func(b *ruleBuilder) { b.ctReply(); b.returns() }),
-		rule(func(b *ruleBuilder) { b.ctMarkTarget(relayed); b.returns() }),
+func guardRules(d balancer.Dataplane) []Rule {
+	rules := append([]Rule{rule(func(b *ruleBuilder) { b.ctReply(); b.returns() })}, guardFlows(d)...)
+	return append(rules,
 		rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.PromptMark); b.returns() }),
 		rule(func(b *ruleBuilder) { b.ctState(ctRelated, "related"); b.returns() }),
 		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMP); b.icmpTypes("icmp", 8, 8); b.returns() }),
 		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMPV6); b.icmpTypes("icmpv6", 128, 128); b.returns() }),
 		rule(func(b *ruleBuilder) { b.l4proto(unix.IPPROTO_ICMPV6); b.icmpTypes("icmpv6", 133, 137); b.returns() }),
 		rule(func(b *ruleBuilder) { b.dropAs(counterUnwanted) }),
-	}
+	)
 }
 
 // forwardRules keep packets that belong to no flow from passing un-NATed: to a
@@ -458,7 +478,10 @@ func serviceChain(name string) string { return "listener." + name }
 
 func poolChain(pool string, f *family) string { return "group" + f.name + "." + pool }
 
-func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService) {
+// A lastRule is what a listener's chain ends with: where a flow goes.
+type lastRule = func(*Ruleset, *balancer.Table, *balancer.VirtualService, *family) Rule
+
+func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, last lastRule) {
 	f := familyOf(svc.Address)
 	c := &Chain{Name: serviceChain(svc.Name)}
 	rs.addChain(c)
@@ -478,7 +501,7 @@ func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService)
 			b.ctTimeout(o.Name)
 		}))
 	}
-	c.Rules = append(c.Rules, poolRule(rs, t, svc, f))
+	c.Rules = append(c.Rules, last(rs, t, svc, f))
 }
 
 func allowName(svc *balancer.VirtualService) string { return "allow." + svc.Name }
@@ -549,7 +572,7 @@ func aggregate(prefixes []netip.Prefix) []netip.Prefix {
 
 // --- groups and targets --------------------------------------------------------------
 
-// A renderedPool is a pool and what became of it.
+// A renderedPool is a pool and what became of it. It is not modified.
 type renderedPool struct {
 	pool    balancer.Pool
 	numbers []uint16
@@ -558,39 +581,58 @@ type renderedPool struct {
 	chains  []*Chain
 	sets    []*Set
 	objects []*Object
+	// contests decided the slots of a family; the next rendering begins with them.
+	contests map[*family]*maglev.Contests
+	// chosen says that IPVS chooses and rewrites.
+	chosen bool
 }
 
 func (r *renderer) renderPools(rs *Ruleset, t *balancer.Table, n *numbers) {
-	kept := make(map[string]*renderedPool, len(t.Pools))
 	base := maglev.BaseFor(len(t.Pools))
-	for i := range t.Pools {
-		p := &t.Pools[i]
-		nums := make([]uint16, len(p.Destinations))
-		for j := range p.Destinations {
-			nums[j] = n.byKey[balancer.TargetKey{Group: p.Name, AddrPort: p.Destinations[j].AddrPort()}]
-		}
-		old := r.pools[p.Name]
-		if old == nil || old.key != t.Key || old.base != base || !slices.Equal(old.numbers, nums) || !reflect.DeepEqual(old.pool, *p) {
-			old = renderPool(p, nums, t.Key, base)
-		}
-		kept[p.Name] = old
-		for _, c := range old.chains {
-			rs.addChain(c)
-		}
-		for _, s := range old.sets {
-			rs.addSet(s)
-		}
-		for _, o := range old.objects {
-			rs.addObject(o)
-		}
+	rendered := make([]*renderedPool, len(t.Pools))
+	var next atomic.Int64
+	var workers sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(t.Pools)) {
+		workers.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(t.Pools)); i = next.Add(1) - 1 {
+				p := &t.Pools[i]
+				rendered[i] = r.pools[p.Name].rendered(p, n.of(p), t.Key, base)
+			}
+		})
 	}
-	r.pools = kept
+	workers.Wait()
+	r.pools = make(map[string]*renderedPool, len(t.Pools))
+	for _, p := range rendered {
+		r.pools[p.pool.Name] = p
+		p.addTo(rs)
+	}
 }
 
-func renderPool(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int) *renderedPool {
-	out := &renderedPool{pool: *p, numbers: nums, key: key, base: base}
+func (r *renderedPool) addTo(rs *Ruleset) {
+	for _, c := range r.chains {
+		rs.addChain(c)
+	}
+	for _, s := range r.sets {
+		rs.addSet(s)
+	}
+	for _, o := range r.objects {
+		rs.addObject(o)
+	}
+}
+
+// rendered is r, which may be nil, if that is what became of such a pool, else a
+// new one.
+func (r *renderedPool) rendered(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int) *renderedPool {
+	if r != nil && r.key == key && r.base == base && slices.Equal(r.numbers, nums) && reflect.DeepEqual(r.pool, *p) {
+		return r
+	}
+	out := &renderedPool{pool: *p, numbers: nums, key: key, base: base, contests: make(map[*family]*maglev.Contests)}
 	for _, f := range families {
-		out.renderFamily(f)
+		var before *maglev.Contests
+		if r != nil {
+			before = r.contests[f]
+		}
+		out.renderFamily(f, before)
 	}
 	return out
 }
@@ -598,7 +640,7 @@ func renderPool(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int)
 // renderFamily writes the group's chain, its slots and its targets, for one
 // family. A family without destinations has a chain that drops, since a
 // listener may name the group all the same.
-func (r *renderedPool) renderFamily(f *family) {
+func (r *renderedPool) renderFamily(f *family, before *maglev.Contests) {
 	p := &r.pool
 	mine := p.Usable(f.bits)
 	group := &Chain{Name: poolChain(p.Name, f)}
@@ -617,7 +659,8 @@ func (r *renderedPool) renderFamily(f *family) {
 		entries[i] = maglev.Entry{Name: p.Destinations[d].AddrPort().String(), Weight: p.Destinations[d].Weight}
 	}
 	size := maglev.Size(r.base, len(mine))
-	slots := maglev.Build(r.key, r.base, size, entries)
+	slots, contests := maglev.Rebuild(r.key, r.base, size, entries, before)
+	r.contests[f] = contests
 	group.Rules = append(group.Rules, r.choose(f, mine, "slots", slots, size, "targets", targetChainName))
 
 	// elsewhere has the targets whose own clients can be sent to another.
@@ -657,10 +700,14 @@ func takesRelayed(p *balancer.Pool) bool {
 
 // toRelay leaves the flow to the relay, whose socket is at the VIP, and which
 // draws by the same hash from the same targets.
-func toRelay(f *family) Rule {
+func toRelay(f *family) Rule { return leaveTo(relayed, f) }
+
+// leaveTo leaves the flow to who has the number, as it is, and to nobody else's
+// rules.
+func leaveTo(number uint16, f *family) Rule {
 	return rule(func(b *ruleBuilder) {
 		b.family(f)
-		b.ctMarkSet(MarkMask, markOf(relayed, 0))
+		b.ctMarkSet(MarkMask, markOf(number, 0))
 		b.dnatToItself(f)
 	})
 }
@@ -743,7 +790,11 @@ func (r *renderedPool) renderTarget(f *family, at int, second string, elsewhere 
 			b.ctMarkSet(flags, flags)
 		}
 		b.counter(flows.Name)
-		b.dnat(f, d.AddrPort())
+		if r.chosen {
+			b.returns()
+		} else {
+			b.dnat(f, d.AddrPort())
+		}
 	}
 	c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
 		r.matchDomain(b, f, c.Name, d.Domain)

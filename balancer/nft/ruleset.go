@@ -435,17 +435,30 @@ func (s *Set) allElems() []Elem {
 	if s.Slots == nil {
 		return s.Elems
 	}
-	var out []Elem
+	var filled slotList
 	for i, v := range s.Slots {
 		if v != noSlot {
-			out = append(out, slotElem(uint32(i), v))
+			filled = filled.append(i, v)
 		}
 	}
-	return out
+	return filled.elems()
 }
 
-func slotElem(i, v uint32) Elem {
-	return Elem{Key: string(native32(i)), Data: string(native32(v))}
+// A slotList has slots and their values by turns, as the kernel has them. Tables
+// change by thousands of slots, which are cheap as long as they are one string.
+type slotList []byte
+
+func (l slotList) append(slot int, value uint32) slotList {
+	return binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint32(l, uint32(slot)), value)
+}
+
+func (l slotList) elems() []Elem {
+	all := string(l)
+	out := make([]Elem, len(all)/8)
+	for i := range out {
+		out[i] = Elem{Key: all[8*i : 8*i+4], Data: all[8*i+4 : 8*i+8]}
+	}
+	return out
 }
 
 func (c *Chain) write(b *strings.Builder) {

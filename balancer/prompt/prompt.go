@@ -145,8 +145,9 @@ func (s sender) close() error {
 	return err
 }
 
-// send sends one segment with random numbers. Its source is also given apart from the header, since
-// the route is chosen before that is looked at, and may depend on it.
+// send sends one segment with random numbers. Its source is also given apart from
+// the header, since the route is chosen before that is looked at, and may depend
+// on it.
 func (s sender) send(from, to netip.AddrPort, tcpFlags uint8) error {
 	p, err := pairOf(from, to)
 	if err != nil {

@@ -37,7 +37,10 @@ func (d *daemon) Status(ctx context.Context) (*control.Status, error) {
 		return nil, errors.New("the daemon stops before its first pass")
 	}
 	counted, err := d.kernel.tally.counts(ctx)
-	status := control.NewStatus(dataplaneNFTables, snapshot, counted, err)
+	status := control.NewStatus(snapshot, counted, err)
+	if errors.Is(err, errRelaySilent) {
+		uncountRelayed(status)
+	}
 	d.checks.describe(status)
 	return status, nil
 }
@@ -53,6 +56,14 @@ func (d *daemon) Reload(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := d.kernel.supports(cfg.Spec); err != nil {
+		return err
+	}
+	var inForce *balancer.Spec
+	if s := d.reconciler.Snapshot(); s != nil {
+		inForce = s.Spec
+	}
+	logDataplaneNotes(d.log, inForce, cfg.Spec)
 	if err := d.reconciler.SetSpec(context.WithoutCancel(ctx), cfg.Spec); err != nil {
 		return err
 	}
@@ -79,7 +90,6 @@ func (d *daemon) adopt(s config.Settings) {
 	}
 	was := d.settings
 	for _, c := range []struct{ name, was, is string }{
-		{"dataplane", was.Dataplane, s.Dataplane},
 		{"state_dir", was.StateDir, s.StateDir},
 		{"log.format", was.Log.Format, s.Log.Format},
 		{"metrics.address", was.Metrics.Address, s.Metrics.Address},

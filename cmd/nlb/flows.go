@@ -115,11 +115,19 @@ func (t flowTable) Prompt(flows []balancer.Flow) error {
 
 func (t flowTable) flow(f conntrack.Flow) balancer.Flow {
 	mark := nft.Mark(f.Mark)
-	to, _ := t.dataplane.TargetOf(mark)
+	ours := mark.Target() != 0
+	var to balancer.TargetKey
+	if ours { // most flows of a host may be others': they need no look-up under a lock
+		to, _ = t.dataplane.TargetOf(mark)
+	}
+	by := balancer.NFTables
+	if ours && !f.Status.DNATed() && f.Reply.Src != f.Original.Dst {
+		by = balancer.IPVS
+	}
 	return balancer.Flow{
 		Protocol: uint8(f.Protocol),
 		Client:   f.Original.Src, VIP: f.Original.Dst, Source: f.Reply.Dst, Target: f.Reply.Src,
-		To: to, Ours: mark.Target() != 0,
+		To: to, Ours: ours, By: by,
 		Live: f.TCPState >= conntrack.SynRecv && f.TCPState <= conntrack.LastAck || f.TCPState == conntrack.Close,
 		Sent: f.Original.Packets, Answered: f.Reply.Packets,
 	}

@@ -59,11 +59,7 @@ func eachTarget(spec *balancer.Spec, f func(k balancer.TargetKey, headers bool))
 	for i := range spec.TargetGroups {
 		g := &spec.TargetGroups[i]
 		for _, t := range g.Targets {
-			mode := g.ClientIP
-			if t.ClientIP != 0 {
-				mode = t.ClientIP
-			}
-			f(balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}, mode == balancer.ProxyProtocolV2)
+			f(balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}, g.ClientIPOf(t) == balancer.ProxyProtocolV2)
 		}
 	}
 }

@@ -1,29 +1,26 @@
 package main
 
 import (
-	"fmt"
-
 	"github.com/spf13/pflag"
 
 	"nlb/config"
 )
 
-// The dataplanes of the configuration file.
-const (
-	dataplaneNFTables = "nftables"
-	dataplaneAuto     = "auto"
-)
+// dataplaneAuto leaves the choice of the dataplane to us.
+const dataplaneAuto = "auto"
 
-// load reads the configuration and refuses what is not built in.
+// load reads the configuration, and settles what it leaves open.
 func load(path string, flags *pflag.FlagSet) (*config.Config, error) {
 	cfg, err := config.Load(path, flags)
 	if err != nil {
 		return nil, err
 	}
-	switch cfg.Dataplane {
-	case dataplaneNFTables, dataplaneAuto:
-		return cfg, nil
+	// nftables does all that a file can ask for, and IPVS needs it too: there is
+	// no kernel that has only the other.
+	if cfg.Dataplane != dataplaneAuto {
+		if err := cfg.Spec.Dataplane.UnmarshalText([]byte(cfg.Dataplane)); err != nil {
+			return nil, err
+		}
 	}
-	return nil, fmt.Errorf("%s: dataplane %s is not built into this version; use %s or %s",
-		path, cfg.Dataplane, dataplaneNFTables, dataplaneAuto)
+	return cfg, nil
 }

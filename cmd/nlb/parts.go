@@ -8,6 +8,7 @@ import (
 	"nlb/balancer"
 	"nlb/balancer/conntrack"
 	"nlb/balancer/host"
+	"nlb/balancer/ipvs"
 	"nlb/balancer/nft"
 	"nlb/balancer/prompt"
 	"nlb/balancer/vip"
@@ -22,12 +23,15 @@ type kernel struct {
 	tally  tally
 	flows  flowTable
 	relay  *worker.Manager
+	ipvs   *ipvs.Dataplane
 	close  func() error
 }
 
 // openKernel lists the Parts in the order in which they must change: a VIP
 // leaves its interface while the rules still guard it, the relay listens before
-// rules lead to it and until none does, forwarding is turned on behind those rules, and a VIP is announced when all that serves it is there.
+// rules lead to it and until none does, IPVS has a service before the guard lets
+// its packets pass, and sends them only where the rules know of, forwarding is
+// turned on behind those rules, and a VIP is announced when all that serves it is there.
 func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.Logger) (*kernel, error) {
 	relay, err := newRelayManager(socket, settings, log)
 	if err != nil {
@@ -45,11 +49,14 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 	if err != nil {
 		return nil, errors.Join(err, dataplane.Close())
 	}
+	virtual := ipvs.New(stateDir, log.Named("ipvs"))
 	return &kernel{
 		parts: []balancer.Part{
 			vip.NewWithdrawer(log.Named("vip")),
 			relay.Opener(),
+			virtual.Opener(),
 			dataplane,
+			virtual.Closer(),
 			relay.Closer(),
 			host.NewSysctls(stateDir, log.Named("host")),
 			vip.NewAnnouncer(log.Named("vip")),
@@ -57,7 +64,16 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 		router: host.NewRouter(),
 		tally:  tally{dataplane, flows, relay},
 		relay:  relay,
+		ipvs:   virtual,
 		flows:  flowTable{dataplane, flows, prompter},
-		close:  func() error { return errors.Join(prompter.Close(), dataplane.Close()) },
+		close:  func() error { return errors.Join(prompter.Close(), virtual.Close(), dataplane.Close()) },
 	}, nil
+}
+
+// supports says what the kernel lacks of what a Spec needs.
+func (k *kernel) supports(spec *balancer.Spec) error {
+	if spec.Dataplane == balancer.IPVS {
+		return k.ipvs.Probe()
+	}
+	return nil
 }

@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -58,6 +57,9 @@ Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
 			if err := printHeaderChanges(remarks, inForce, cfg.Spec); err != nil {
 				return err
 			}
+			if err := printDataplaneNotes(remarks, inForce, cfg.Spec); err != nil {
+				return err
+			}
 			if err := printPlans(cmd.OutOrStdout(), out, plans); err != nil {
 				return err
 			}
@@ -81,6 +83,9 @@ func plan(ctx context.Context, cfg *config.Config, socket string) (changes []bal
 		return nil, seen, nil, err
 	}
 	defer func() { err = errors.Join(err, k.close()) }()
+	if err := k.supports(cfg.Spec); err != nil {
+		return nil, seen, nil, err
+	}
 	seen, inForce, err = look(ctx, cfg, control.NewClient(socket), k.router)
 	if err != nil {
 		return nil, seen, nil, err
@@ -119,13 +124,17 @@ func printOverrides(w io.Writer, drains balancer.Drains) error {
 
 // look sees what the daemon would see.
 func look(ctx context.Context, cfg *config.Config, client *control.Client, router balancer.Router) (seen balancer.View, inForce *balancer.Spec, err error) {
+	drainsAfter := balancer.Drains.Follow
 	status, err := client.Status(ctx)
 	switch {
 	case err == nil:
 		seen, inForce = status.Seen()
 	case errors.Is(err, control.ErrNotRunning):
 		seen.Health, seen.Holds = recallHealth(cfg.StateDir, zap.NewNop())
-		inForce = recallRegistered(cfg.StateDir, zap.NewNop())
+		if inForce = recallRegistered(cfg.StateDir, zap.NewNop()); inForce != nil {
+			inForce.Dataplane = cfg.Spec.Dataplane // what it was, only the kernel knows
+		}
+		drainsAfter = balancer.Drains.Restart
 	default:
 		return seen, inForce, err
 	}
@@ -134,7 +143,7 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 	if err != nil {
 		return seen, inForce, err
 	}
-	seen.Drains = drains.Follow(inForce, cfg.Spec, seen.Now)
+	seen.Drains = drainsAfter(drains, inForce, cfg.Spec, seen.Now)
 	seen.Key, err = balancer.LoadKey(cfg.StateDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		seen.Key, err = balancer.NewKey(), nil // as serve would draw one
@@ -142,18 +151,7 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 	if err != nil {
 		return seen, inForce, err
 	}
-	var targets []netip.Addr
-	for _, g := range cfg.Spec.TargetGroups {
-		for _, t := range g.Targets {
-			targets = append(targets, t.Address)
-		}
-	}
-	for target, d := range seen.Drains {
-		if d.Removed {
-			targets = append(targets, target.AddrPort.Addr())
-		}
-	}
-	seen.Routes, err = router.Routes(ctx, targets, cfg.Spec.HasVIP)
+	seen.Routes, err = router.Routes(ctx, balancer.RoutedAddrs(cfg.Spec, seen.Drains), cfg.Spec.HasVIP)
 	return seen, inForce, err
 }
 

@@ -70,9 +70,13 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 		return err
 	}
 	defer func() { err = errors.Join(err, k.close()) }()
-	if cfg.Dataplane == dataplaneAuto {
-		log.Info("dataplane nftables was chosen: no other one is built in")
+	if err := k.supports(cfg.Spec); err != nil {
+		return err
 	}
+	if cfg.Dataplane == dataplaneAuto {
+		log.Info("dataplane nftables was chosen: it does all that a file can ask for", zap.NamedError("ipvs", k.ipvs.Probe()))
+	}
+	logDataplaneNotes(log, nil, cfg.Spec)
 	door, err := control.Listen(ctx, socket)
 	if err != nil {
 		return err
@@ -81,9 +85,9 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	reconciler := balancer.NewReconciler(balancer.Options{
 		Parts: k.parts, Router: k.router, Log: log, Key: key, Spec: cfg.Spec,
 		Health: health, Holds: holds, Drains: drains,
-		Remember:   func(d balancer.Drains) error { return d.Save(cfg.StateDir) },
-		Registered: recallRegistered(cfg.StateDir, log),
-		Register:   func(spec *balancer.Spec) error { return balancer.SaveRegistered(cfg.StateDir, spec) },
+		KeepDrains:     func(d balancer.Drains) error { return d.Save(cfg.StateDir) },
+		Registered:     recallRegistered(cfg.StateDir, log),
+		KeepRegistered: func(spec *balancer.Spec) error { return balancer.SaveRegistered(cfg.StateDir, spec) },
 	})
 	d := &daemon{
 		path: path, flags: flags, log: log, level: level, settings: cfg.Settings,
@@ -113,7 +117,7 @@ func (d *daemon) run(ctx context.Context, door *control.Socket) error {
 		return nil
 	})
 	g.Go(func() error { return d.kernel.relay.Run(ctx) })
-	g.Go(func() error { return d.kernel.tally.flows.Run(ctx) })
+	g.Go(func() error { return d.kernel.flows.flows.Run(ctx) })
 	g.Go(func() error { return balancer.NewSweeper(d.reconciler, d.kernel.flows, d.log).Run(ctx) })
 	g.Go(func() error { return balancer.NewObserver(d.reconciler, d.kernel.tally, d.log).Run(ctx) })
 	g.Go(func() error { return rememberHealth(ctx, d.settings.StateDir, d.reconciler.Snapshot, d.log) })

@@ -3,6 +3,7 @@ package worker
 import (
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -45,10 +46,48 @@ func relayed(t, have *balancer.Table) *balancer.Table {
 			r.Services = append(r.Services, s)
 		}
 	}
+	if t.Dataplane == balancer.IPVS {
+		keepRelayed(r)
+	}
 	if len(r.Services) == 0 && len(byKey(r)) == 0 {
 		return new(balancer.Table) // nothing to relay, whatever else there is
 	}
 	return r
+}
+
+// keepRelayed leaves the relay nothing to choose but what it relays. Rules of
+// nftables send it the flows whose hash leads to a relayed destination, and it
+// finds that by the same hash; IPVS has a hash of its own.
+func keepRelayed(t *balancer.Table) {
+	share := make(map[string]float64, len(t.Pools)) // of a pool's weight
+	for i := range t.Pools {
+		p := &t.Pools[i]
+		var all, relayed int
+		for _, d := range p.Destinations {
+			all += d.Weight
+			if p.ClientIPOf(&d) == balancer.ProxyProtocolV2 {
+				relayed += d.Weight
+			}
+		}
+		if relayed > 0 {
+			share[p.Name] = float64(relayed) / float64(all)
+		}
+		p.Destinations = slices.DeleteFunc(p.Destinations, func(d balancer.Destination) bool {
+			return p.ClientIPOf(&d) != balancer.ProxyProtocolV2
+		})
+	}
+	for i := range t.Services {
+		s := &t.Services[i]
+		if !slices.ContainsFunc(s.Pools, func(w balancer.WeightedPool) bool { return w.Weight > 0 && share[w.Pool] < 1 }) {
+			continue // IPVS has no part in it
+		}
+		s.Pools = slices.Clone(s.Pools)
+		for j := range s.Pools {
+			w := &s.Pools[j]
+			const fine = 1000
+			w.Weight = int(math.Ceil(float64(w.Weight) * fine * share[w.Pool]))
+		}
+	}
 }
 
 // staged is what a relay serves while the dataplane changes from have to want:

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"nlb/balancer"
 )
@@ -48,6 +49,22 @@ func TestRelayed(t *testing.T) {
 	}
 	if d := cmp.Diff(full().Pools[0], all.Pools[0], values); d != "" {
 		t.Errorf("the argument was changed (-want +got):\n%s", d)
+	}
+
+	// IPVS sends the relay a share of its own, of which nothing is the kernel's.
+	some := pool("d", pp, target, other)
+	some.Destinations[1].ClientIP = balancer.Preserve
+	mixed := table([]balancer.VirtualService{choosing(80, "a", "b", "d")}, pool("a", pp, target), pool("b", snat, target), some)
+	mixed.Dataplane = balancer.IPVS
+	got = relayed(mixed, nil)
+	some.Destinations = some.Destinations[:1]
+	some.Destinations[0].Domain = nil
+	first := pool("a", pp, target)
+	first.Destinations[0].Domain = nil
+	want = table([]balancer.VirtualService{choosing(80, "a", "b", "d")}, first, balancer.Pool{Name: "b", ClientIP: snat}, some)
+	want.Services[0].Pools = []balancer.WeightedPool{{Pool: "a", Weight: 1000}, {Pool: "b"}, {Pool: "d", Weight: 500}}
+	if d := cmp.Diff(want, got, values, cmpopts.EquateEmpty()); d != "" {
+		t.Errorf("with IPVS (-want +got):\n%s", d)
 	}
 
 	tests := []struct {

@@ -1,0 +1,41 @@
+package main
+
+import (
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"nlb/balancer"
+)
+
+func TestDataplaneNotes(t *testing.T) {
+	listeners := []balancer.Listener{
+		{Name: "web", Protocol: balancer.TCP, TCPIdleTimeout: 350 * time.Second},
+		{Name: "ssh", Protocol: balancer.TCP, TCPIdleTimeout: time.Hour},
+		{Name: "dns", Protocol: balancer.UDP},
+	}
+	nftables := &balancer.Spec{Listeners: listeners}
+	ipvs := &balancer.Spec{Dataplane: balancer.IPVS, Listeners: listeners}
+	const idle = "listener web: tcp_idle_timeout is 5m50s, but IPVS has one for all and remembers flows for 1h0m0s, the longest"
+	for _, c := range []struct {
+		name            string
+		inForce, wanted *balancer.Spec
+		want            []string
+	}{
+		{"nothing to say", nftables, nftables, nil},
+		{"nothing in force", nil, nftables, nil},
+		{"idle timeouts differ", nil, ipvs, []string{idle}},
+		{"only UDP", nil, &balancer.Spec{Dataplane: balancer.IPVS, Listeners: listeners[2:]}, nil},
+		{"to IPVS", nftables, ipvs, []string{
+			"the dataplane changes from nftables to ipvs: it takes new flows; established ones stay with nftables until they end", idle,
+		}},
+		{"back", ipvs, nftables, []string{
+			"the dataplane changes from ipvs to nftables: it takes new flows; established ones stay with ipvs until they end",
+		}},
+	} {
+		if diff := cmp.Diff(c.want, dataplaneNotes(c.inForce, c.wanted)); diff != "" {
+			t.Errorf("%s: -want +got\n%s", c.name, diff)
+		}
+	}
+}
