@@ -10,7 +10,7 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-print-directory
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build demo test lint check vulncheck fuzz bench-scale bench-path bench-relay deps clean need-go need-root
+.PHONY: help build demo test test-vm vmrun lint check vulncheck fuzz bench-scale bench-path bench-relay deps clean need-go need-root
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,14 @@ demo: need-root need-go ## show on one screen what nlb does, with real packets; 
 
 test: need-root need-go deps check ## everything that is checked: lint, vulnerabilities, all tests with the race detector; root
 	@GO=$(GO) .ci/test
+
+# Each of them boots once for all packages. Without CGO: there is no libc in a guest.
+KERNEL ?= 6.1,6.12
+test-vm: need-go deps vmrun ## run tests in emulated machines: KERNEL=6.1,6.12, all of .ci/vm-tests or [PKG=./p] [RUN=regexp]
+	@GO=$(GO) bin/vmrun -kernel $(KERNEL) -suite .ci/vm-tests $(if $(RUN),-run '$(RUN)') $(PKG)
+
+vmrun: need-go ## build bin/vmrun, which runs a test binary in an emulated machine
+	@CGO_ENABLED=0 $(GO) build -o bin/vmrun ./internal/vm/vmrun
 
 lint: need-go ## gofmt, go vet, staticcheck
 	@unformatted=$$(gofmt -l .); \
