@@ -36,6 +36,8 @@ type Dataplane struct {
 	kernel kernel
 	// probed says that nothing was missing, and nothing failed since.
 	probed bool
+	// absent says that nothing of ours was there, and nobody has asked since.
+	absent bool
 	// remote are the VIPs that were warned of, damaged the file that was.
 	remote  []netip.Addr
 	damaged bool
@@ -140,6 +142,9 @@ func (p part) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan, er
 	if want != nil {
 		t = want.Table
 	}
+	if !asks(t) && d.absent {
+		return plan{}, nil
+	}
 	if asks(t) && !d.probed && len(goal(nil, t)) > 0 {
 		if err := d.kernel.probe(); err != nil {
 			return nil, err
@@ -155,6 +160,7 @@ func (p part) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan, er
 		d.probed = false
 		return nil, err
 	}
+	d.absent = !asks(t) && len(found.services) == 0 && len(saved) == 0
 	to := goal(found.services, t)
 	d.warnOfRemote(want, to)
 	return p.plan(d, found, saved, to, t), nil

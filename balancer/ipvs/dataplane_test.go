@@ -287,3 +287,26 @@ func FuzzSaved(f *testing.F) {
 		}
 	})
 }
+
+// Nobody looks at IPVS on each pass where it is not used; a new process does once,
+// since there may be something left.
+func TestUnusedIsNotLookedAt(t *testing.T) {
+	d, f, _ := rig(t)
+	unused := web(dest("10.0.1.11:8080", 1))
+	unused.Dataplane = balancer.NFTables
+	looks := func(what string, table *balancer.Table, want int) {
+		t.Helper()
+		before := f.looks
+		converge(t, d, table)
+		if got := f.looks - before; got != want {
+			t.Errorf("%s: looked %d times, not %d", what, got, want)
+		}
+	}
+	looks("first", unused, 1)
+	looks("then", unused, 0)
+	looks("used", web(dest("10.0.1.11:8080", 1)), 2)
+	looks("still", web(dest("10.0.1.11:8080", 1)), 2)
+	looks("gone", unused, 2)
+	looks("then again", unused, 1)
+	looks("and then", unused, 0)
+}

@@ -19,6 +19,7 @@ import (
 // A fake is a kernel that refuses what the real one refuses, in the same words
 // (ip_vs_add_service, ip_vs_add_dest and their like in linux net/netfilter/ipvs/ip_vs_ctl.c).
 type fake struct {
+	looks    int   // at the kernel
 	missing  error // what probe says; ErrNoIPVS also means that there is nothing
 	services map[serviceKey]*service
 	settings map[string]int
@@ -47,6 +48,7 @@ func (f *fake) present() bool { return f.missing != ErrNoIPVS }
 func (f *fake) close()        {}
 
 func (f *fake) observe(ours func(serviceKey, uint32) bool) (state, error) {
+	f.looks++
 	if !f.present() {
 		return state{}, nil
 	}
