@@ -100,7 +100,7 @@ func service(groups map[string]*TargetGroup, l Listener) VirtualService {
 		Protocols:   l.Protocol.Numbers(),
 		Port:        l.Port,
 		IdleTimeout: l.TCPIdleTimeout,
-		Allow:       aggregate(ofFamily(l.VIP, l.Allow)),
+		Allow:       Aggregate(ofFamily(l.VIP, l.Allow)),
 	}
 	for _, f := range l.Forward {
 		s.Pools = append(s.Pools, WeightedPool{Pool: f.TargetGroup, Weight: f.Weight})
@@ -186,7 +186,7 @@ func domain(g *TargetGroup, t Target, route Route) []netip.Prefix {
 	if g.HairpinSubnet && route.Subnet.IsValid() {
 		prefixes = append(prefixes, route.Subnet)
 	}
-	return aggregate(ofFamily(t.Address, prefixes))
+	return Aggregate(ofFamily(t.Address, prefixes))
 }
 
 // source is the address to speak to the target from, when the operator named
@@ -212,9 +212,9 @@ func ofFamily(a netip.Addr, prefixes []netip.Prefix) []netip.Prefix {
 	return same
 }
 
-// aggregate returns the shortest sorted list of prefixes that covers what the
+// Aggregate returns the shortest sorted list of prefixes that covers what the
 // given ones cover: the kernel's interval sets refuse overlaps.
-func aggregate(prefixes []netip.Prefix) []netip.Prefix {
+func Aggregate(prefixes []netip.Prefix) []netip.Prefix {
 	var sorted []netip.Prefix
 	for _, p := range prefixes {
 		sorted = append(sorted, p.Masked())

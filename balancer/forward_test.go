@@ -245,7 +245,7 @@ func TestAggregate(t *testing.T) {
 			a := netip.AddrFrom4([4]byte{10, 0, 0, rapid.Byte().Draw(t, "host")})
 			return netip.PrefixFrom(a, rapid.IntRange(24, 32).Draw(t, "bits"))
 		})).Draw(t, "prefixes")
-		got := aggregate(drawn)
+		got := Aggregate(drawn)
 		for host := range 256 {
 			a := netip.AddrFrom4([4]byte{10, 0, 0, byte(host)})
 			if covers(got, a) != covers(drawn, a) {

@@ -1,7 +1,6 @@
 package nft
 
 import (
-	"cmp"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
@@ -486,7 +485,7 @@ func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService,
 	c := &Chain{Name: serviceChain(svc.Name)}
 	rs.addChain(c)
 	if !allowsAll(svc.Allow) {
-		s := &Set{Name: allowName(svc), kind: prefixKinds[f], Elems: prefixElems(aggregate(svc.Allow))}
+		s := &Set{Name: allowName(svc), kind: prefixKinds[f], Elems: prefixElems(balancer.Aggregate(svc.Allow))}
 		rs.addSet(s)
 		c.Rules = append(c.Rules, allowRule(svc, f))
 	}
@@ -553,21 +552,6 @@ func bigKey(v uint32) string { return string(binary.BigEndian.AppendUint32(nil, 
 
 func allowsAll(allow []netip.Prefix) bool {
 	return slices.ContainsFunc(allow, func(p netip.Prefix) bool { return p.Bits() == 0 })
-}
-
-// aggregate sorts prefixes and leaves out those that lie within another.
-func aggregate(prefixes []netip.Prefix) []netip.Prefix {
-	sorted := slices.Clone(prefixes)
-	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Masked().Addr().Compare(b.Masked().Addr()), a.Bits()-b.Bits())
-	})
-	var out []netip.Prefix
-	for _, p := range sorted {
-		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
-			out = append(out, p.Masked())
-		}
-	}
-	return out
 }
 
 // --- groups and targets --------------------------------------------------------------
@@ -832,7 +816,7 @@ func (r *renderedPool) matchDomain(b *ruleBuilder, f *family, chain string, doma
 			own = append(own, p)
 		}
 	}
-	own = aggregate(own)
+	own = balancer.Aggregate(own)
 	if len(own) == 1 {
 		b.family(f)
 		b.sourceIs(f, own[0])

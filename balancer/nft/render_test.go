@@ -217,7 +217,7 @@ func TestPrefixElems(t *testing.T) {
 		{[]string{"128.0.0.0/1"}, "128.0.0.0/1"},
 	}
 	for _, tt := range tests {
-		s := &Set{kind: prefixKinds[ip4], Elems: prefixElems(aggregate(prefixes(tt.in...)))}
+		s := &Set{kind: prefixKinds[ip4], Elems: prefixElems(balancer.Aggregate(prefixes(tt.in...)))}
 		if got := strings.Join(s.elemTexts(s.Elems), ", "); got != tt.want {
 			t.Errorf("%q: got %q, want %q", tt.in, got, tt.want)
 		}

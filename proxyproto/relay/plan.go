@@ -150,7 +150,7 @@ func compile(t *balancer.Table, old *plan, loops int) (*plan, error) {
 func (p *plan) addService(vs *balancer.VirtualService) error {
 	s := &service{
 		vip: netip.AddrPortFrom(vs.Address, vs.Port), idle: vs.IdleTimeout, sticky: vs.Sticky,
-		allow: widest(vs.Allow), seed: maglev.Seed(p.key, "group"),
+		allow: balancer.Aggregate(vs.Allow), seed: maglev.Seed(p.key, "group"),
 	}
 	if p.services[s.vip] != nil {
 		return fmt.Errorf("service %q: another one is at %s too", vs.Name, s.vip)
@@ -169,16 +169,6 @@ func (p *plan) addService(vs *balancer.VirtualService) error {
 	}
 	p.services[s.vip] = s
 	return nil
-}
-
-// widest sorts prefixes and leaves out those that lie within another.
-func widest(prefixes []netip.Prefix) (out []netip.Prefix) {
-	for _, p := range slices.SortedFunc(slices.Values(prefixes), netip.Prefix.Compare) {
-		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
-			out = append(out, p.Masked())
-		}
-	}
-	return out
 }
 
 func (p *plan) addPool(bp *balancer.Pool, old *plan, loops int) {
