@@ -341,7 +341,7 @@ func TestCorruptFileIsKept(t *testing.T) {
 
 // TestOtherBootOrNamespace: records of another life say nothing about this one.
 func TestOtherBootOrNamespace(t *testing.T) {
-	boot, netns, err := identity()
+	boot, netns, err := balancer.Here()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/balancer"
 )
 
 // A file keeps the records on disk. They hold for one boot and one network
@@ -47,7 +49,7 @@ func (f file) load() ([]record, error) {
 	if err != nil {
 		return nil, &corruptError{f.path, err}
 	}
-	boot, netns, err := identity()
+	boot, netns, err := balancer.Here()
 	if err != nil {
 		return nil, err
 	}
@@ -93,7 +95,7 @@ func (f file) replace(records []record) error {
 		}
 		return nil
 	}
-	boot, netns, err := identity()
+	boot, netns, err := balancer.Here()
 	if err != nil {
 		return err
 	}
@@ -101,19 +103,7 @@ func (f file) replace(records []record) error {
 	if err != nil {
 		return err
 	}
-	dir := filepath.Dir(f.path)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	// The name is always the same, so that being killed leaves one file at most.
-	temporary := f.path + ".new"
-	if err := writeSync(temporary, append(b, '\n')); err != nil {
-		return err
-	}
-	if err := os.Rename(temporary, f.path); err != nil {
-		return err
-	}
-	return syncDir(dir)
+	return balancer.WriteStateFile(filepath.Dir(f.path), filepath.Base(f.path), append(b, '\n'))
 }
 
 // setAside renames the file, if it is corrupt, to a name that is free.
@@ -133,46 +123,4 @@ func (f file) setAside() error {
 		}
 		aside = fmt.Sprintf("%s.corrupt.%d", f.path, n)
 	}
-}
-
-func writeSync(path string, b []byte) (err error) {
-	w, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, w.Close()) }()
-	if _, err := w.Write(b); err != nil {
-		return err
-	}
-	return w.Sync()
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
-// identity names this boot and this network namespace. The namespace's cookie
-// (SO_NETNS_COOKIE, Linux 5.14) is never used twice in one boot, unlike its
-// inode number; older kernels have only the latter.
-func identity() (boot, netns string, err error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", "", err
-	}
-	boot = strings.TrimSpace(string(b))
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return "", "", err
-	}
-	defer func() { _ = unix.Close(fd) }()
-	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-	if errors.Is(err, unix.ENOPROTOOPT) {
-		netns, err = os.Readlink("/proc/self/ns/net")
-		return boot, netns, err
-	}
-	return boot, "cookie:" + strconv.FormatUint(cookie, 10), err
 }

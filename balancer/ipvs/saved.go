@@ -8,10 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 )
@@ -53,7 +49,7 @@ func loadSaved(dir string) ([]record, error) {
 	if err != nil {
 		return nil, &damagedError{filepath.Join(dir, savedFile), err}
 	}
-	boot, netns, err := identity()
+	boot, netns, err := balancer.Here()
 	if err != nil {
 		return nil, fmt.Errorf("saved settings of IPVS: %w", err)
 	}
@@ -100,7 +96,7 @@ func replaceSaved(dir string, records []record) error {
 		}
 		return err
 	}
-	boot, netns, err := identity()
+	boot, netns, err := balancer.Here()
 	if err != nil {
 		return err
 	}
@@ -109,26 +105,4 @@ func replaceSaved(dir string, records []record) error {
 		return err
 	}
 	return balancer.WriteStateFile(dir, savedFile, append(b, '\n'))
-}
-
-// identity names this boot and this network namespace, whose cookie
-// (SO_NETNS_COOKIE, Linux 5.14) is never used twice in one boot, unlike its inode
-// number; older kernels have only the latter.
-func identity() (boot, netns string, err error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", "", err
-	}
-	boot = strings.TrimSpace(string(b))
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return "", "", err
-	}
-	defer func() { _ = unix.Close(fd) }()
-	id, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-	if errors.Is(err, unix.ENOPROTOOPT) {
-		netns, err = os.Readlink("/proc/self/ns/net")
-		return boot, netns, err
-	}
-	return boot, "cookie:" + strconv.FormatUint(id, 10), err
 }
