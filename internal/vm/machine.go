@@ -27,6 +27,11 @@ type Machine struct {
 	Files  []string // files and folders of the host to take along, at their paths
 	Memory int      // MiB; 0: 1024
 	CPUs   int      // 0: 1
+	// Counting makes the guest's clock count instructions: each takes one
+	// nanosecond, and time in which there is nothing to do takes none of ours. What
+	// a program measures is then the same on every host, however busy that is. It
+	// is slower, and for one processor.
+	Counting bool
 }
 
 // A Run is a test binary to run in a guest.
@@ -87,33 +92,42 @@ func (m *Machine) Do(ctx context.Context, runs []Run, stdout, stderr io.Writer, 
 	return err
 }
 
-// CommandLine is the kernel's command line. Each word has its reason.
-func CommandLine() string {
-	return strings.Join([]string{
+// commandLine is the kernel's command line. Each word has its reason.
+func (m *Machine) commandLine() string {
+	words := []string{
 		"console=ttyS0",
-		"quiet",    // a serial line is slow; errors and worse are still printed
-		"panic=-1", // a panic restarts at once, and
-		"reboot=t", // a restart by triple fault ends QEMU; without it the guest would hang
-		// Measuring the rate of the processor's time stamps hangs about half
-		// the boots on a busy host, so it is told one. That isn't the host's,
-		// and the kernel's watchdog would find out after a while: timer ticks
-		// are the clock from the start.
-		"tsc_early_khz=2000000",
-		"clocksource=jiffies",
+		"quiet",           // a serial line is slow; errors and worse are still printed
+		"panic=-1",        // a panic restarts at once, and
+		"reboot=t",        // a restart by triple fault ends QEMU; without it the guest would hang
 		"mitigations=off", // an emulated processor has no such bugs
 		"nokaslr",
 		"rdinit=" + initPath,
-	}, " ")
+	}
+	// Measuring the rate of the processor's time stamps hangs about half the
+	// boots on a busy host, so it is told one.
+	if !m.Counting {
+		// That isn't the host's, and the kernel's watchdog would find out after a
+		// while: timer ticks are the clock from the start.
+		return strings.Join(append(words, "tsc_early_khz=2000000", "clocksource=jiffies"), " ")
+	}
+	return strings.Join(append(words,
+		// A time stamp is the number of instructions so far, 10⁹ a second.
+		"tsc_early_khz=1000000", "tsc=reliable", "clocksource=tsc",
+		// Zeroing each new page is a loop of single instructions here; servers
+		// have one instruction for it. So is what follows.
+		"init_on_alloc=0",
+		"clearcpuid=112", // X86_FEATURE_REP_GOOD: string instructions count each round
+	), " ")
 }
 
 // qemuArgs are QEMU's arguments. Debian's kernels don't boot under KVM within
 // some clouds: this emulates always, so that all machines do the same.
 func (m *Machine) qemuArgs(initrd, console string) []string {
-	return []string{
+	args := []string{
 		"-M", "microvm", "-accel", "tcg,tb-size=256",
 		"-smp", fmt.Sprint(orDefault(m.CPUs, 1)), "-m", fmt.Sprint(orDefault(m.Memory, 1024)),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-		"-kernel", m.Kernel.Image, "-initrd", initrd, "-append", CommandLine(),
+		"-kernel", m.Kernel.Image, "-initrd", initrd, "-append", m.commandLine(),
 		"-serial", "file:" + console,
 		// Not "stdio": the end of standard input would disconnect the port,
 		// and the guest would wait for ever to write to it.
@@ -121,6 +135,11 @@ func (m *Machine) qemuArgs(initrd, console string) []string {
 		"-device", "virtio-serial-device",
 		"-device", "virtserialport,chardev=results,name=" + portName,
 	}
+	if m.Counting {
+		// As with clearcpuid, for copies and for filling memory.
+		args = append(args, "-cpu", "max,-erms,-fsrm", "-icount", "shift=0,sleep=off")
+	}
+	return args
 }
 
 func orDefault(n, or int) int {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -381,5 +382,33 @@ func TestOpenKernel(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, k); diff != "" || err != nil {
 		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+}
+
+// TestCounting holds to the option's promise that time is instructions, and the
+// default to what tests have always run with.
+func TestCounting(t *testing.T) {
+	for _, c := range []struct {
+		counting       bool
+		have, haveNone []string
+	}{
+		{false, []string{"tsc_early_khz=2000000", "clocksource=jiffies"}, []string{"-icount", "-cpu", "clocksource=tsc"}},
+		{true, []string{"tsc_early_khz=1000000", "clocksource=tsc", "-icount", "shift=0,sleep=off"}, []string{"clocksource=jiffies"}},
+	} {
+		m := Machine{Kernel: &Kernel{Image: "vmlinuz"}, Counting: c.counting}
+		var words []string
+		for _, arg := range m.qemuArgs("initrd", "console") {
+			words = append(words, strings.Fields(arg)...)
+		}
+		for _, w := range c.have {
+			if !slices.Contains(words, w) {
+				t.Errorf("counting %v: no %s in %q", c.counting, w, words)
+			}
+		}
+		for _, w := range c.haveNone {
+			if slices.Contains(words, w) {
+				t.Errorf("counting %v: %s in %q", c.counting, w, words)
+			}
+		}
 	}
 }

@@ -1,0 +1,143 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"runtime/debug"
+	"slices"
+
+	"nlb/bench/measure"
+)
+
+// A report is the outcome; its JSON form is stable, but for more fields.
+type report struct {
+	Kernel  string         `json:"kernel"`
+	QEMU    string         `json:"qemu"`
+	Commit  string         `json:"commit"`
+	Boots   int            `json:"boots"`
+	Metrics []metricReport `json:"metrics"`
+}
+
+type metricReport struct {
+	Name string      `json:"name"`
+	Ways []wayReport `json:"ways"`
+}
+
+// A wayReport has instructions for each packet or connection, over the boots.
+type wayReport struct {
+	Name string `json:"name"`
+	// Instructions include the sender's and the receiver's.
+	Instructions measure.Summary `json:"instructions"`
+	// Added is how many more they are than without a balancer in the same boot,
+	// Ratio how many times as many.
+	Added measure.Summary `json:"added"`
+	Ratio measure.Summary `json:"ratio"`
+	// Against is the way that does the same job with the least, and Beyond how
+	// many more instructions than there.
+	Against string           `json:"against,omitempty"`
+	Beyond  *measure.Summary `json:"beyond,omitempty"`
+}
+
+func newReport(boots []boot) *report {
+	r := &report{Boots: len(boots)}
+	for m, metric := range metrics {
+		mr := metricReport{Name: metric.name}
+		direct := column(boots, m, router)
+		for w, by := range ways {
+			counts := column(boots, m, w)
+			wr := wayReport{
+				Name:         by.name,
+				Instructions: measure.Summarize(counts),
+				Added:        measure.Summarize(measure.Pairwise(counts, direct, more)),
+				Ratio:        measure.Summarize(measure.Pairwise(counts, direct, measure.Ratio)),
+			}
+			if by.against != "" {
+				least := slices.IndexFunc(ways, func(w way) bool { return w.name == by.against })
+				wr.Against = by.against
+				wr.Beyond = new(measure.Summarize(measure.Pairwise(counts, column(boots, m, least), more)))
+			}
+			mr.Ways = append(mr.Ways, wr)
+		}
+		r.Metrics = append(r.Metrics, mr)
+	}
+	return r
+}
+
+// more is how much more a is than b.
+func more(a, b float64) float64 { return a - b }
+
+// column is what each boot says of a way.
+func column(boots []boot, metric, way int) []float64 {
+	values := make([]float64, len(boots))
+	for i, b := range boots {
+		values[i] = b[metric][way]
+	}
+	return values
+}
+
+// commit is what this program was built from, as the go command has recorded it.
+func commit() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	settings := make(map[string]string)
+	for _, s := range info.Settings {
+		settings[s.Key] = s.Value
+	}
+	return describe(settings)
+}
+
+// describe is a commit by the settings of a build (runtime/debug.BuildSetting).
+func describe(settings map[string]string) string {
+	revision := settings["vcs.revision"]
+	switch {
+	case revision == "":
+		return "unknown"
+	case settings["vcs.modified"] == "true":
+		return revision[:min(12, len(revision))] + ", modified"
+	}
+	return revision[:min(12, len(revision))]
+}
+
+func (r *report) write(w io.Writer, format string) error {
+	if format == "json" {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		return e.Encode(r)
+	}
+	return r.table(w)
+}
+
+func (r *report) table(w io.Writer) error {
+	fmt.Fprintf(w, "Linux %s, QEMU %s, nlb %s, %d boots. Instructions, the sender's and the receiver's included; ± is half of what the boots differ by.\n",
+		r.Kernel, r.QEMU, r.Commit, r.Boots)
+	for _, m := range r.Metrics {
+		if _, err := fmt.Fprintf(w, "\n%s\n%s", m.Name, m.table()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (m *metricReport) table() string {
+	rows := [][]string{{"", "instructions", "±", "added", "±", "ratio", "±", "beyond the minimum"}}
+	for i, way := range m.Ways {
+		row := []string{"  " + way.Name, fmt.Sprintf("%.0f", way.Instructions.Median), half(way.Instructions, 0), "", "", "", "", ""}
+		if i > router {
+			row[3], row[4] = fmt.Sprintf("%+.0f", way.Added.Median), half(way.Added, 0)
+			row[5], row[6] = fmt.Sprintf("%.3f", way.Ratio.Median), half(way.Ratio, 3)
+		}
+		if way.Beyond != nil {
+			row[7] = fmt.Sprintf("%+.0f", way.Beyond.Median)
+		}
+		rows = append(rows, row)
+	}
+	return measure.Columns(rows)
+}
+
+// half is half of how far the boots spread, with as many decimals.
+func half(s measure.Summary, decimals int) string {
+	return fmt.Sprintf("%.*f", decimals, (s.Max-s.Min)/2)
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	batchSize = 32 // packets sent before they are read
+	firstFlow = 10000
+	lastFlow  = 60000
+)
+
+// udpLoad sends packets onto the client's link, which are at the balancer as
+// from a network card, and reads them from the targets' sockets. The sender is
+// the same for packets of established and of new flows.
+type udpLoad struct {
+	site     *site
+	from, to net.HardwareAddr
+	link     int // packet socket
+	out, in  *batch
+	fresh    bool  // whether each packet is of a new flow
+	next     int   // port
+	flows    []int // the client's sockets
+}
+
+// newEstablished sends packets of as many flows as are in a batch. Each has had
+// a packet in both directions: connection tracking would not call it established
+// otherwise.
+func newEstablished(s *site) (load, error) {
+	l, err := newUDPLoad(s)
+	if err != nil {
+		return nil, err
+	}
+	for i := range batchSize {
+		if err := l.establish(firstFlow + i); err != nil {
+			l.close()
+			return nil, fmt.Errorf("UDP flow from port %d: %w", firstFlow+i, err)
+		}
+		l.put(i, firstFlow+i)
+	}
+	return l, nil
+}
+
+// newFresh sends the first packets of flows.
+func newFresh(s *site) (load, error) {
+	l, err := newUDPLoad(s)
+	if err != nil {
+		return nil, err
+	}
+	l.fresh, l.next = true, firstFlow+batchSize
+	return l, nil
+}
+
+// newUDPLoad is called in the client's namespace.
+func newUDPLoad(s *site) (*udpLoad, error) {
+	l := &udpLoad{site: s, out: newBatch(batchSize, frameSize), in: newBatch(batchSize, payload)}
+	link, err := net.InterfaceByName("eth0")
+	if err != nil {
+		return nil, err
+	}
+	l.from = link.HardwareAddr
+	err = s.LB.Do(func() error {
+		peer, err := net.InterfaceByName(s.Clients[0].Name)
+		if err == nil {
+			l.to = peer.HardwareAddr
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	l.link, err = packetSocket(link.Index)
+	return l, err
+}
+
+// packetSocket sends whole frames on a link, past the queue (packet(7)). It
+// receives nothing: that takes a protocol.
+func packetSocket(link int) (fd int, err error) {
+	fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("socket", err)
+	}
+	err = errors.Join(
+		unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1),
+		unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1),
+		unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: link}),
+	)
+	if err != nil {
+		_ = unix.Close(fd)
+		return -1, fmt.Errorf("packet socket: %w", err)
+	}
+	return fd, nil
+}
+
+func (l *udpLoad) close() {
+	_ = unix.Close(l.link)
+	for _, fd := range l.flows {
+		_ = unix.Close(fd)
+	}
+}
+
+// put makes the packet from a port the batch's i-th.
+func (l *udpLoad) put(i, port int) {
+	to := l.site.address(port)
+	putFrame(l.out.message(i), l.from, l.to,
+		netip.AddrPortFrom(l.site.Clients[0].Addr4, uint16(port)),
+		netip.AddrPortFrom(netip.AddrFrom4(to.Addr), uint16(to.Port)))
+}
+
+// establish sends a packet each way.
+func (l *udpLoad) establish(port int) error {
+	fd, err := bound(unix.SOCK_DGRAM, l.site.Clients[0].Addr4, port)
+	if err != nil {
+		return err
+	}
+	l.flows = append(l.flows, fd)
+	to := l.site.address(port)
+	if err := unix.Sendto(fd, []byte{0}, 0, &to); err != nil {
+		return os.NewSyscallError("sendto", err)
+	}
+	i, err := await(l.site.udp...)
+	if err != nil {
+		return fmt.Errorf("to the targets: %w", err)
+	}
+	_, from, err := unix.Recvfrom(l.site.udp[i], make([]byte, 1), 0)
+	if err != nil {
+		return os.NewSyscallError("recvfrom", err)
+	}
+	if a, ok := from.(*unix.SockaddrInet4); !ok || netip.AddrFrom4(a.Addr) != l.site.client() {
+		return fmt.Errorf("the target sees %v, not %v", from, l.site.client())
+	}
+	if err := unix.Sendto(l.site.udp[i], []byte{0}, 0, from); err != nil {
+		return os.NewSyscallError("sendto", err)
+	}
+	if _, err := await(fd); err != nil {
+		return fmt.Errorf("back to the client: %w", err)
+	}
+	_, err = unix.Read(fd, make([]byte, 1))
+	return os.NewSyscallError("read", err)
+}
+
+// prepare makes the packets of the next run, before the clock starts.
+func (l *udpLoad) prepare() error {
+	if !l.fresh {
+		return nil
+	}
+	for i := range batchSize {
+		if l.next > lastFlow {
+			return errors.New("no ports left for new flows")
+		}
+		l.put(i, l.next)
+		l.next++
+	}
+	return nil
+}
+
+// run sends the batch and reads it from the targets; all of it must arrive.
+func (l *udpLoad) run() (packets int, err error) {
+	sent, err := l.out.send(l.link)
+	if err != nil || sent != batchSize {
+		return 0, fmt.Errorf("sent %d packets of %d: %w", sent, batchSize, err)
+	}
+	for received := 0; ; {
+		for _, fd := range l.site.udp {
+			n, err := l.in.receive(fd)
+			if err != nil {
+				return 0, os.NewSyscallError("recvmmsg", err)
+			}
+			received += n
+		}
+		if received == sent {
+			return sent, nil
+		}
+		if _, err := await(l.site.udp...); err != nil {
+			return 0, fmt.Errorf("%d packets arrived of %d: %w", received, sent, err)
+		}
+	}
+}
