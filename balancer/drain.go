@@ -38,13 +38,12 @@ type Drain struct {
 // Drains has the targets that are being deregistered, or were at run time.
 type Drains map[TargetKey]Drain
 
-// over reports that nothing more follows from the Drain. Leftover is when its
-// flows began to be ended, if that was late.
-func (d Drain) over(leftover, now time.Time) bool {
+// over reports that nothing more follows from the Drain of k.
+func (d Drain) over(k TargetKey, seen View) bool {
 	if !d.Terminate {
-		return !now.Before(d.Until)
+		return !seen.Now.Before(d.Until)
 	}
-	return !now.Before(later(d.Until, leftover).Add(terminateFor))
+	return !seen.Now.Before(seen.endsFrom(k, d.Until).Add(terminateFor))
 }
 
 func newDrain(g *TargetGroup, now time.Time) Drain {
@@ -132,11 +131,11 @@ func (d Drains) Restart(registered, spec *Spec, now time.Time) Drains {
 
 // settle marks what is over and forgets the targets that have left. Changed
 // reports whether there was any.
-func (d Drains) settle(leftover map[TargetKey]time.Time, now time.Time) (next Drains, changed bool) {
+func (d Drains) settle(seen View) (next Drains, changed bool) {
 	next = maps.Clone(d)
 	for k, drain := range d {
 		switch {
-		case drain.Done || !drain.over(leftover[k], now):
+		case drain.Done || !drain.over(k, seen):
 		case drain.Removed:
 			delete(next, k)
 			changed = true

@@ -217,6 +217,9 @@ func render(want *Desired) map[string]string {
 		text := p.ClientIP.String()
 		for _, d := range p.Destinations {
 			text += fmt.Sprintf(" %s=%d", d.AddrPort(), d.Weight)
+			if d.Terminate {
+				text += " ends"
+			}
 		}
 		entries["pool "+p.Name] = text
 	}

@@ -36,9 +36,10 @@ type loop struct {
 	keptSpec     *Spec // registered is this one, reduced
 	unregistered bool  // that Register fails was said
 
-	held     *Desired // the kernel was last seen to hold it; nil: unknown
-	counts   Snapshot // what is carried from one Snapshot to the next
-	failures int      // passes that failed since the last that did not
+	held     *Desired  // the kernel was last seen to hold it; nil: unknown
+	heldAt   time.Time // when that was seen which the kernel held last
+	counts   Snapshot  // what is carried from one Snapshot to the next
+	failures int       // passes that failed since the last that did not
 	failing  time.Time
 
 	// When to act next; zero: not for this reason.
@@ -297,7 +298,7 @@ func (l *loop) rehearse(ctx context.Context, spec *Spec, drains Drains) error {
 	if err != nil {
 		return err
 	}
-	seen := l.view()
+	seen := l.view(time.Now())
 	seen.Routes, seen.Drains = routes, drains
 	_, err = PlanAll(ctx, l.parts, Forward(spec, seen))
 	return err
@@ -319,7 +320,7 @@ func (l *loop) pass(ctx context.Context, look bool) {
 func (l *loop) tidy(now time.Time, look bool) {
 	l.holds = l.holds.current(l.spec, now)
 	maps.DeleteFunc(l.leftover, func(_ TargetKey, at time.Time) bool { return !now.Before(at.Add(terminateFor)) })
-	next, changed := l.drains.settle(l.leftover, now)
+	next, changed := l.drains.settle(l.view(now))
 	if !changed && !(l.unkept && look) {
 		return
 	}
@@ -353,7 +354,7 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 		}
 		lost = err
 	}
-	seen := l.view()
+	seen := l.view(time.Now())
 	done.groups = Targets(spec, seen)
 	done.want = forward(spec, seen, done.groups)
 	if lost != nil && l.routes == nil {
@@ -368,7 +369,7 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 	l.changing.Store(true)
 	err := Converge(ctx, l.parts, done.want, func(p PartPlan) { l.wrote(p, repair()) })
 	if err == nil {
-		l.held, done.held = done.want, true
+		l.held, l.heldAt, done.held = done.want, seen.Now, true
 	}
 	// Yesterday's routes carry today's health, but they are to be found again.
 	done.err = errors.Join(err, lost)
@@ -386,10 +387,10 @@ func (l *loop) findRoutes(ctx context.Context, spec *Spec) (map[netip.Addr]Route
 	return routes, nil
 }
 
-func (l *loop) view() View {
+func (l *loop) view(now time.Time) View {
 	return View{
 		Key: l.key, Health: l.health, Drains: l.drains, Holds: l.holds, Routes: l.routes,
-		FailOpen: l.failOpen, Leftover: l.leftover, Now: time.Now(),
+		FailOpen: l.failOpen, Leftover: l.leftover, Held: l.heldAt, Now: now,
 	}
 }
 

@@ -133,6 +133,7 @@ func NewReconciler(o Options) *Reconciler {
 		resync: o.Resync,
 		start: loop{
 			spec: o.Spec, key: o.Key, health: health, holds: maps.Clone(o.Holds), drains: drains, leftover: make(map[TargetKey]time.Time),
+			heldAt: now.Add(-1), // what is overdue since a time without a daemon is due now
 			unkept: !reflect.DeepEqual(drains, known), registered: o.Registered,
 			unapplied: make(map[TargetKey]time.Time),
 		},

@@ -66,7 +66,7 @@ func TestHealthIsRoutedAtOnce(t *testing.T) {
 			webKey("10.0.9.9"): healthy(now), // not a target
 		})
 		synctest.Wait() // the clock stands still meanwhile
-		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0"; got != want {
+		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0 ends"; got != want {
 			t.Errorf("pool web: %s, want %s", got, want)
 		}
 		if n := len(r.Snapshot().Groups[0].Targets); n != 2 {
@@ -222,7 +222,7 @@ func TestReloadKeepsHealthOfTargetsThatStay(t *testing.T) {
 		if err := r.SetSpec(t.Context(), webSpec(3)); err != nil {
 			t.Fatal(err)
 		}
-		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0 10.0.1.13:8080=0"; got != want {
+		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0 ends 10.0.1.13:8080=0"; got != want {
 			t.Errorf("pool web: %s, want %s", got, want)
 		}
 		if got := r.Snapshot().Groups[0].Targets[0].Since; !got.Equal(since) {
@@ -303,7 +303,7 @@ func TestLostRoutesDoNotStopHealth(t *testing.T) {
 		now := time.Now()
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(now), webKey("10.0.1.12"): unhealthy(now)})
 		synctest.Wait()
-		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0"; got != want {
+		if got, want := w.dump()["pool web"], "hairpin_snat 10.0.1.11:8080=1 10.0.1.12:8080=0 ends"; got != want {
 			t.Errorf("pool web: %s, want %s", got, want)
 		}
 	})
@@ -446,6 +446,49 @@ func TestVerdictsInASwarmShareAPass(t *testing.T) {
 					t.Errorf("%v is %v", target.Target.AddrPort(), target.State)
 				}
 			}
+		})
+	}
+}
+
+// A host that is busy for longer than flows are ended for does not forget to end
+// them.
+func TestNoPassIsTooLateToEndFlows(t *testing.T) {
+	one := webKey("10.0.1.11")
+	for name, due := range map[string]func(t *testing.T, r *Reconciler){
+		"drain": func(t *testing.T, r *Reconciler) {
+			if err := r.Drain(t.Context(), one.Group, one.AddrPort.Addr(), 0); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Minute - time.Second)
+		},
+		"verdict": func(_ *testing.T, r *Reconciler) {
+			time.AfterFunc(time.Second, func() { r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now())}) })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, minuteSpec(3), func(t *testing.T, w *world, r *Reconciler) {
+				now := time.Now()
+				r.SetHealth(map[TargetKey]Health{one: healthy(now), webKey("10.0.1.12"): healthy(now), webKey("10.0.1.13"): healthy(now)})
+				due(t, r)
+				w.setFault(func(step) error { return errors.New("busy") })
+				time.Sleep(3 * terminateFor)
+				w.setFault(nil)
+				ended := func() bool {
+					s := r.Snapshot()
+					return s.Held && s.Groups[0].Targets[0].Terminate
+				}
+				before := time.Now()
+				for !ended() && time.Since(before) < time.Minute {
+					time.Sleep(time.Second)
+				}
+				if !ended() {
+					t.Fatal("its flows were not ended")
+				}
+				time.Sleep(2 * terminateFor)
+				if ended() {
+					t.Error("its flows are ended for ever")
+				}
+			})
 		})
 	}
 }

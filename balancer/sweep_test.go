@@ -314,7 +314,8 @@ func TestFlowsAreJudgedWhenItMatters(t *testing.T) {
 		}); n != 1 {
 			t.Errorf("%d times after a change of a listener", n)
 		}
-		if n := prunes(func() { time.Sleep(pruneEvery) }); n != 1 {
+		// Once more where a pass was under way, which may come at the same moment.
+		if n := prunes(func() { time.Sleep(pruneEvery) }); n != 1 && n != 2 {
 			t.Errorf("%d times after a while", n)
 		}
 	})

@@ -22,7 +22,19 @@ type View struct {
 	// Leftover has the targets whose flows were found, or began to be ended,
 	// later than their state says, and when.
 	Leftover map[TargetKey]time.Time
-	Now      time.Time
+	// Held is when that was seen which the kernel holds; zero where nobody knows.
+	Held time.Time
+	Now  time.Time
+}
+
+// endsFrom is when flows of a target begin to be ended that should be from some
+// time on. That is now if the kernel holds nothing that was seen since: however
+// late a pass is, it must not miss what was due.
+func (v View) endsFrom(k TargetKey, from time.Time) time.Time {
+	if !v.Held.IsZero() && from.After(v.Held) {
+		return later(from, v.Now)
+	}
+	return later(from, v.Leftover[k])
 }
 
 // A TargetGroupStatus is where the targets of a group stand.
@@ -93,9 +105,9 @@ func Targets(spec *Spec, seen View) []TargetGroupStatus {
 func removedTargets(seen View) map[string][]TargetStatus {
 	byGroup := make(map[string][]TargetStatus)
 	for k, d := range seen.Drains {
-		if d.Removed && !d.over(seen.Leftover[k], seen.Now) {
+		if d.Removed && !d.over(k, seen) {
 			s := TargetStatus{Target: d.Target, Removed: true}
-			byGroup[k.Group] = append(byGroup[k.Group], s.drained(d, seen.Leftover[k], seen.Now))
+			byGroup[k.Group] = append(byGroup[k.Group], s.drained(k, d, seen))
 		}
 	}
 	return byGroup
@@ -162,7 +174,7 @@ func targetStatus(g *TargetGroup, t Target, used bool, seen View) TargetStatus {
 		return status
 	}
 	if d, ok := seen.Drains[key]; ok && !d.Removed {
-		return status.drained(d, seen.Leftover[key], seen.Now)
+		return status.drained(key, d, seen)
 	}
 	failed := status.State == Unhealthy || status.State == UnhealthyDraining
 	if status.Hold.inForce(seen.Now) && !failed && g.Passive.MaxFailures > 0 {
@@ -187,8 +199,8 @@ func targetStatus(g *TargetGroup, t Target, used bool, seen View) TargetStatus {
 }
 
 // drained is the status of a target that is being deregistered.
-func (s TargetStatus) drained(d Drain, leftover, now time.Time) TargetStatus {
-	if now.Before(d.Until) {
+func (s TargetStatus) drained(k TargetKey, d Drain, seen View) TargetStatus {
+	if seen.Now.Before(d.Until) {
 		s.Health = Health{State: Draining, Reason: ReasonDeregistrationInProgress, Since: d.Since}
 		s.Until = d.Until
 		return s
@@ -196,7 +208,7 @@ func (s TargetStatus) drained(d Drain, leftover, now time.Time) TargetStatus {
 	s.Health = Health{State: Unused, Reason: ReasonNotRegistered, Since: d.Until}
 	if d.Terminate && !d.Done {
 		s.Cut = true
-		s.terminate(later(d.Until, leftover), now)
+		s.terminate(seen.endsFrom(k, d.Until), seen.Now)
 	}
 	return s
 }
@@ -212,7 +224,7 @@ func (s *TargetStatus) cutUnhealthy(g *TargetGroup, seen View) {
 	if !g.Unhealthy.ConnectionTermination {
 		from = from.Add(g.Unhealthy.DrainingInterval)
 	}
-	s.terminate(later(from, seen.Leftover[s.key(g.Name)]), seen.Now)
+	s.terminate(seen.endsFrom(s.key(g.Name), from), seen.Now)
 }
 
 // terminate ends the target's flows for a while after from.
