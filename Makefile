@@ -30,7 +30,8 @@ test: need-root need-go deps check ## everything that is checked: lint, vulnerab
 # Each of them boots once for all packages. Without CGO: there is no libc in a guest.
 KERNEL ?= 6.1,6.12
 test-vm: need-go deps vmrun ## run tests in emulated machines: KERNEL=6.1,6.12, all of .ci/vm-tests or [PKG=./p] [RUN=regexp]
-	@GO=$(GO) bin/vmrun -kernel $(KERNEL) -suite .ci/vm-tests $(if $(RUN),-run '$(RUN)') $(PKG)
+	@CGO_ENABLED=0 $(GO) build -o bin/nlb-static ./cmd/nlb
+	@GO=$(GO) bin/vmrun -kernel $(KERNEL) -suite .ci/vm-tests -file bin/nlb-static -timeout 15m $(if $(RUN),-run '$(RUN)') $(PKG)
 
 vmrun: need-go ## build bin/vmrun, which runs a test binary in an emulated machine
 	@CGO_ENABLED=0 $(GO) build -o bin/vmrun ./internal/vm/vmrun

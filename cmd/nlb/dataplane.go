@@ -16,8 +16,12 @@ import (
 // IPVS does otherwise than the file says. The Spec in force may be nil.
 func dataplaneNotes(inForce, wanted *balancer.Spec) (notes []string) {
 	if inForce != nil && inForce.Dataplane != wanted.Dataplane {
-		notes = append(notes, fmt.Sprintf("the dataplane changes from %s to %s: it takes new flows; established ones stay with %s until they end",
-			inForce.Dataplane, wanted.Dataplane, inForce.Dataplane))
+		stay := "established ones stay"
+		if inForce.Dataplane == balancer.IPVS {
+			stay = "UDP flows choose anew; established TCP flows stay"
+		}
+		notes = append(notes, fmt.Sprintf("the dataplane changes from %s to %s, which takes new flows; %s with %s until they end",
+			inForce.Dataplane, wanted.Dataplane, stay, inForce.Dataplane))
 	}
 	if wanted.Dataplane == balancer.IPVS {
 		notes = append(notes, idleNotes(wanted)...)

@@ -28,10 +28,10 @@ func TestDataplaneNotes(t *testing.T) {
 		{"idle timeouts differ", nil, ipvs, []string{idle}},
 		{"only UDP", nil, &balancer.Spec{Dataplane: balancer.IPVS, Listeners: listeners[2:]}, nil},
 		{"to IPVS", nftables, ipvs, []string{
-			"the dataplane changes from nftables to ipvs: it takes new flows; established ones stay with nftables until they end", idle,
+			"the dataplane changes from nftables to ipvs, which takes new flows; established ones stay with nftables until they end", idle,
 		}},
 		{"back", ipvs, nftables, []string{
-			"the dataplane changes from ipvs to nftables: it takes new flows; established ones stay with ipvs until they end",
+			"the dataplane changes from ipvs to nftables, which takes new flows; UDP flows choose anew; established TCP flows stay with ipvs until they end",
 		}},
 	} {
 		if diff := cmp.Diff(c.want, dataplaneNotes(c.inForce, c.wanted)); diff != "" {

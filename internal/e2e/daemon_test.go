@@ -18,11 +18,19 @@ import (
 	"nlb/balancer"
 	"nlb/balancer/control"
 	"nlb/bench/lab"
+	"nlb/internal/vm"
 	"nlb/proxyproto/worker"
 )
 
-// limit bounds every wait of the tests. Nothing they wait for takes that long.
-const limit = 20 * time.Second
+// limit bounds every wait of the tests, and glance is the time between two looks.
+// Nothing they wait for takes that long, unless the machine is emulated; then
+// looking often would keep it from what they wait for.
+var limit, glance = func() (time.Duration, time.Duration) {
+	if os.Getenv(vm.EnvKernel) != "" {
+		return time.Minute, 300 * time.Millisecond
+	}
+	return 20 * time.Second, 20 * time.Millisecond
+}()
 
 // program is the nlb under test, and racing the same with the race detector.
 var program, racing string
@@ -61,9 +69,17 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
+// guestBinary goes along to emulated machines, where there is no Go. It is linked
+// statically, since there are no libraries either.
+const guestBinary = "bin/nlb-static"
+
 // build makes both programs, or finds the one that NLB_BINARY names for all tests.
 func build(dir string) (err error) {
-	if named := os.Getenv("NLB_BINARY"); named != "" {
+	named := os.Getenv("NLB_BINARY")
+	if named == "" && os.Getenv(vm.EnvKernel) != "" {
+		named = guestBinary
+	}
+	if named != "" {
 		// Tests run in their package's folder, the name is meant from the module's.
 		if !filepath.IsAbs(named) {
 			named = filepath.Join("..", "..", named)
@@ -100,7 +116,7 @@ func soon(t *testing.T) context.Context {
 // if that takes too long.
 func eventually(t *testing.T, what string, check func() error) {
 	t.Helper()
-	tick := time.NewTicker(20 * time.Millisecond)
+	tick := time.NewTicker(glance)
 	defer tick.Stop()
 	expired := time.After(limit)
 	for {
@@ -126,6 +142,8 @@ type daemon struct {
 	socket string
 	log    *logBuffer
 	client *control.Client
+	// terse leaves out of the log what changes in the kernel, which may be long.
+	terse bool
 
 	cmd  *exec.Cmd     // the process; nil when none runs
 	done chan struct{} // closed when cmd has ended
@@ -135,6 +153,14 @@ type daemon struct {
 // start runs nlb serve in the topology's balancer and returns when it has
 // converged. The test's end stops it, and fails the test if that goes wrong.
 func start(t *testing.T, top *lab.Topology, config string) *daemon {
+	t.Helper()
+	d := prepare(t, top, config)
+	d.start()
+	return d
+}
+
+// prepare is start without the process.
+func prepare(t *testing.T, top *lab.Topology, config string) *daemon {
 	t.Helper()
 	// Not t.TempDir, which is too long for a socket's name (unix(7): 108 bytes).
 	dir, err := os.MkdirTemp("", "nlb-e2e-")
@@ -149,7 +175,6 @@ func start(t *testing.T, top *lab.Topology, config string) *daemon {
 	d.client = control.NewClient(d.socket)
 	d.write(config)
 	t.Cleanup(d.end)
-	d.start()
 	return d
 }
 
@@ -180,7 +205,11 @@ func (d *daemon) start() {
 // launch runs the process and does not wait for anything.
 func (d *daemon) launch() {
 	d.t.Helper()
-	d.cmd = d.command("serve", "-c", d.config, "--state-dir", filepath.Join(d.dir, "state"), "--log-level", "debug")
+	level := "debug"
+	if d.terse {
+		level = "info"
+	}
+	d.cmd = d.command("serve", "-c", d.config, "--state-dir", filepath.Join(d.dir, "state"), "--log-level", level)
 	out := d.log.open(d.t)
 	defer out.Close()
 	d.cmd.Stdout, d.cmd.Stderr = out, out
@@ -312,9 +341,11 @@ func (d *daemon) relaySocket() string { return strings.TrimSuffix(d.socket, ".so
 // dump is the state that a failure is to be understood from.
 func (d *daemon) dump() string {
 	var b strings.Builder
-	for _, c := range []string{
-		"nft -a list ruleset", "conntrack -L", "conntrack -L -f ipv6", "ip address", "ip route", "ip -6 route", "nstat -az",
-	} {
+	commands := []string{"nft -a list ruleset", "conntrack -L", "conntrack -L -f ipv6", "ip address", "ip route", "ip -6 route", "nstat -az"}
+	if haveIPVS() {
+		commands = append(commands, "ipvsadm -Ln", "ipvsadm -Lnc")
+	}
+	for _, c := range commands {
 		text, err := d.tool(strings.Fields(c)...)
 		if err != nil {
 			text = err.Error()
