@@ -10,7 +10,7 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-print-directory
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build demo test test-vm vmrun lint check vulncheck fuzz bench-scale bench-path bench-relay bench-instructions deps clean need-go need-root
+.PHONY: help build demo test test-vm vmrun build-static lint check vulncheck fuzz bench-scale bench-path bench-relay bench-instructions deps clean need-go need-root
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,9 +29,11 @@ test: need-root need-go deps check ## everything that is checked: lint, vulnerab
 
 # Each of them boots once for all packages. Without CGO: there is no libc in a guest.
 KERNEL ?= 6.1,6.12
-test-vm: need-go deps vmrun ## run tests in emulated machines: KERNEL=6.1,6.12, all of .ci/vm-tests or [PKG=./p] [RUN=regexp]
-	@CGO_ENABLED=0 $(GO) build -o bin/nlb-static ./cmd/nlb
+test-vm: need-go deps vmrun build-static ## run tests in emulated machines: KERNEL=6.1,6.12, all of .ci/vm-tests or [PKG=./p] [RUN=regexp]
 	@GO=$(GO) bin/vmrun -kernel $(KERNEL) -suite .ci/vm-tests -file bin/nlb-static -timeout 15m $(if $(RUN),-run '$(RUN)') $(PKG)
+
+build-static: need-go ## build bin/nlb-static, which runs where there is no libc
+	@CGO_ENABLED=0 $(GO) build -o bin/nlb-static ./cmd/nlb
 
 vmrun: need-go ## build bin/vmrun, which runs a test binary in an emulated machine
 	@CGO_ENABLED=0 $(GO) build -o bin/vmrun ./internal/vm/vmrun

@@ -86,6 +86,7 @@ type site struct {
 
 	numbers sync.Mutex
 	ports   map[string]uint16 // guarded by numbers; of listeners, by name
+	targets map[string]uint16 // guarded by numbers; of groups, by name
 	unused  uint16            // guarded by numbers; the clients' next fresh port
 
 	reloading sync.Mutex
@@ -110,6 +111,12 @@ const (
 	deadHealth = 9003
 	ownPort    = 8085 // the balancer's own target
 	sshPort    = 22   // a service of the balancer's that is none of a VIP's
+
+	// Groups have ports of their own: IPVS takes two flows for one that lead from
+	// one client's port to one target by different listeners, and a client's ports
+	// are drawn for each listener anew.
+	firstTargetPort = 8100
+	targetPorts     = 60
 )
 
 // openSite builds the site, with a daemon that found all targets healthy.
@@ -117,7 +124,7 @@ func openSite(t *testing.T, plane balancer.Dataplane) *site {
 	t.Helper()
 	s := &site{
 		plane: plane, top: routed(t, lab.Options{Clients: 2, Targets: 3}),
-		ports: map[string]uint16{}, unused: keptPort / 2, probed: map[probed]*lab.Listeners{},
+		ports: map[string]uint16{}, targets: map[string]uint16{}, unused: keptPort / 2, probed: map[probed]*lab.Listeners{},
 	}
 	s.addSegment(t)
 	s.addPods(t)
@@ -270,8 +277,12 @@ func (s *site) extras(f family) (all []netip.Addr) {
 // not show: also on one that a listener has.
 func (s *site) open(t *testing.T) {
 	t.Helper()
+	ports := []uint16{targetPort}
+	for i := range targetPorts {
+		ports = append(ports, uint16(firstTargetPort+i))
+	}
 	for _, n := range append(slices.Clone(s.top.Targets), s.seated, s.pod) {
-		serveOn(t, n, lab.Serve{Ports: []uint16{targetPort}})
+		serveOn(t, n, lab.Serve{Ports: ports})
 	}
 	serveHeaders(t, s.top.Targets, headedPort)
 	serveOn(t, s.top.LB, lab.Serve{Ports: []uint16{ownPort, sshPort, s.port("preserve")}})
@@ -314,6 +325,19 @@ func (s *site) port(name string) uint16 {
 	return s.ports[name]
 }
 
+// targetPort is where the targets of a group listen.
+func (s *site) targetPort(group string) uint16 {
+	s.numbers.Lock()
+	defer s.numbers.Unlock()
+	if s.targets[group] == 0 {
+		if len(s.targets) == targetPorts {
+			panic("too few ports of targets")
+		}
+		s.targets[group] = firstTargetPort + uint16(len(s.targets))
+	}
+	return s.targets[group]
+}
+
 // fresh is the first of so many ports that no client has had. What the kernel takes
 // may be that of a UDP flow which conntrack still knows.
 func (s *site) fresh(ports int) uint16 {
@@ -339,6 +363,9 @@ func (s *site) second(c *conformFile) string {
 
 // pool is a group with health checks that bear with a busy machine.
 func (s *site) pool(name, protocol, mode string, port uint16, nodes ...*lab.Node) group {
+	if port == targetPort && !strings.HasPrefix(name, "self-") { // those are to share a target
+		port = s.targetPort(name)
+	}
 	g := pool(name, protocol, mode, port, targets(nodes...))
 	g.HealthCheck = map[string]any{"interval": "5s", "timeout": "5s", "healthy_threshold": 1, "unhealthy_threshold": 5}
 	return g
