@@ -27,16 +27,16 @@ var (
 // The package comment lists them.
 type Sysctls struct {
 	root  string // where the sysctls are
-	saved file
+	saved balancer.Records[record]
 	log   *zap.Logger
-	// warned says that the corrupt file was complained about.
+	// warned says that the damaged file was complained about.
 	warned bool
 }
 
 // NewSysctls returns a Part that keeps the previous values in stateDir, which
 // is made when it is needed, and logs to log.
 func NewSysctls(stateDir string, log *zap.Logger) *Sysctls {
-	return &Sysctls{root: "/proc/sys", saved: file{filepath.Join(stateDir, "sysctls.json")}, log: log}
+	return &Sysctls{root: "/proc/sys", saved: savedIn(stateDir), log: log}
 }
 
 // Name implements balancer.Part.
@@ -44,12 +44,12 @@ func (*Sysctls) Name() string { return "sysctls" }
 
 // Plan implements balancer.Part. The plan is a [Plan].
 func (s *Sysctls) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan, error) {
-	saved, err := s.saved.load()
-	if corrupt, ok := errors.AsType[*corruptError](err); ok {
+	saved, err := s.saved.Load()
+	if damaged, ok := errors.AsType[*balancer.DamagedError](err); ok {
 		// Without it nothing can be restored, yet the rest works.
 		if !s.warned {
 			s.log.Warn("previous values of sysctls cannot be read and will not be restored; "+
-				"the file is set aside when the next one is written", zap.Error(corrupt))
+				"the file is set aside when the next one is written", zap.Error(damaged))
 			s.warned = true
 		}
 		err = nil
@@ -207,10 +207,7 @@ func (s *Sysctls) Apply(ctx context.Context, p balancer.Plan) error {
 	if plan.Empty() {
 		return nil
 	}
-	if err := s.saved.setAside(); err != nil {
-		return err
-	}
-	if err := s.saved.store(slices.Concat(plan.keep, plan.restore, plan.set)); err != nil {
+	if err := s.saved.Store(slices.Concat(plan.keep, plan.restore, plan.set)); err != nil {
 		return err
 	}
 	var errs []error
@@ -228,7 +225,7 @@ func (s *Sysctls) Apply(ctx context.Context, p balancer.Plan) error {
 		}
 		left = append(left, r)
 	}
-	return errors.Join(append(errs, s.saved.store(left))...)
+	return errors.Join(append(errs, s.saved.Store(left))...)
 }
 
 // write sets the settings, up to the first that fails. Those of interfaces that

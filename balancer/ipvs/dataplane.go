@@ -27,8 +27,8 @@ var (
 // A Table of another dataplane wants no services: then the Parts remove those that
 // are left, and need no IPVS where there are none.
 type Dataplane struct {
-	log *zap.Logger
-	dir string
+	log     *zap.Logger
+	records balancer.Records[record]
 	// local reports whether packets to an address are delivered to this host.
 	local func(netip.Addr) bool
 
@@ -47,7 +47,7 @@ type Dataplane struct {
 // long as no Table asks for one. stateDir keeps what the settings were before
 // (ipvs.json); with "" they are not restored.
 func New(stateDir string, log *zap.Logger) *Dataplane {
-	return &Dataplane{log: log, dir: stateDir, local: delivered, kernel: new(module)}
+	return &Dataplane{log: log, records: savedIn(stateDir), local: delivered, kernel: new(module)}
 }
 
 // Close closes the Dataplane and leaves the kernel as it is.
@@ -169,8 +169,8 @@ func (p part) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan, er
 // saved reads what the settings were. A file that makes no sense keeps no service
 // from its flows: what is found counts as what was there before.
 func (d *Dataplane) saved() ([]record, error) {
-	saved, err := loadSaved(d.dir)
-	if _, damaged := errors.AsType[*damagedError](err); damaged {
+	saved, err := d.records.Load()
+	if _, damaged := errors.AsType[*balancer.DamagedError](err); damaged {
 		if !d.damaged {
 			d.log.Warn("what IPVS's settings were before is unknown, those of now will stay", zap.Error(err))
 		}
@@ -201,7 +201,7 @@ func (p part) Apply(ctx context.Context, balancerPlan balancer.Plan) error {
 
 func (d *Dataplane) apply(ctx context.Context, p plan) error {
 	if !p.settings.empty() {
-		if err := save(d.dir, p.settings.before); err != nil {
+		if err := d.records.Store(p.settings.before); err != nil {
 			return err
 		}
 	}
@@ -214,7 +214,7 @@ func (d *Dataplane) apply(ctx context.Context, p plan) error {
 		}
 	}
 	if !p.settings.empty() {
-		return save(d.dir, p.settings.after)
+		return d.records.Store(p.settings.after)
 	}
 	return nil
 }

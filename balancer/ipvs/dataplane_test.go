@@ -47,7 +47,7 @@ func TestLife(t *testing.T) {
 	if lines := converge(t, d, to); lines != nil {
 		t.Errorf("nothing to do, and yet: %q", lines)
 	}
-	restarted := New(d.dir, d.log)
+	restarted := New(d.records.Dir, d.log)
 	restarted.kernel, restarted.local = f, d.local
 	if diff := cmp.Diff(cleared, converge(t, restarted, nil)); diff != "" {
 		t.Error(diff)
@@ -55,7 +55,7 @@ func TestLife(t *testing.T) {
 	if diff := cmp.Diff(before, f.settings); diff != "" {
 		t.Error(diff)
 	}
-	if _, err := os.Stat(filepath.Join(d.dir, savedFile)); !os.IsNotExist(err) {
+	if _, err := os.Stat(filepath.Join(d.records.Dir, savedFile)); !os.IsNotExist(err) {
 		t.Errorf("%s is still there: %v", savedFile, err)
 	}
 }
@@ -199,7 +199,7 @@ func TestChangedTimeoutIsRestored(t *testing.T) {
 
 func TestDamagedFileStopsNothing(t *testing.T) {
 	d, _, logs := rig(t)
-	if err := os.WriteFile(filepath.Join(d.dir, savedFile), []byte(`{"settings":[{"name":"net.ipv4.vs.conntrack"}]}`), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(d.records.Dir, savedFile), []byte(`{"settings":[{"name":"net.ipv4.vs.conntrack"}]}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if lines := converge(t, d, web(dest("10.0.1.11:8080", 1))); len(lines) == 0 {
@@ -270,22 +270,6 @@ func TestWarnsOncePerChangeOfRemoteVIPs(t *testing.T) {
 	if n := logs.Len(); n != 2 {
 		t.Errorf("%d warnings after the VIP was bound and unbound", n)
 	}
-}
-
-func FuzzSaved(f *testing.F) {
-	f.Add([]byte(`{"boot":"b","netns":"n","settings":[{"name":"net.ipv4.vs.conntrack","previous":0,"ours":[1]}]}`))
-	f.Add([]byte(`{"settings":[{"name":"kernel.panic","previous":0,"ours":[1]}]}`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		c, err := parseSaved(b)
-		if err != nil {
-			return
-		}
-		for _, r := range c.Settings {
-			if r.Name != timeoutTCP && r.Name != timeoutUDP && !slices.Contains(sysctls, r.Name) {
-				t.Errorf("let %q through", r.Name)
-			}
-		}
-	})
 }
 
 // Nobody looks at IPVS on each pass where it is not used; a new process does once,

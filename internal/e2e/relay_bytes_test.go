@@ -158,8 +158,10 @@ func TestRelayServerSpeaksFirst(t *testing.T) {
 		got := replies(t, client, lab.Call{Network: "tcp", Dst: f.at(80), N: 20, Parallel: 5, Silent: true})
 		named(t, "greeting, IPv"+f.name, got, f.addr(top.LB))
 		for port, banner := range map[uint16]string{81: banners[sshPort], 82: banners[smtpPort]} {
+			begun := time.Now()
 			conn := connect(t, client, f, port)
 			got, err := io.ReadAll(conn)
+			t.Logf("IPv%s: %q after %v", f.name, got, time.Since(begun))
 			if want := fmt.Sprint(local(conn), " ", banner); err != nil || string(got) != want {
 				t.Errorf("port %d: got %q, want %q: %v", port, got, want, err)
 			}
@@ -325,6 +327,7 @@ func TestRelayFirstHeaderIsOurs(t *testing.T) {
 		})
 	}
 	all.Wait()
+	t.Logf("%d openings: the first header of each was ours", tries)
 }
 
 // open says an opening and checks what arrived of it.

