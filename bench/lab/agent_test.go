@@ -78,6 +78,22 @@ func TestCallFromAFixedPort(t *testing.T) {
 	}
 }
 
+// Each UDP call of a batch is a flow of its own: none may have the port of one
+// that is over, which chance would give to some of 400 among 28,232 ports.
+func TestCallsOfABatchHaveTheirOwnPorts(t *testing.T) {
+	const n = 400
+	_, client, target := pair(t)
+	target.serve(t, Serve{Ports: []uint16{8080}})
+	replies := calls(t, client, Call{Network: "udp", Dst: port(target, 8080), N: n})
+	ports := map[netip.AddrPort]bool{}
+	for _, r := range replies {
+		ports[r.From] = true
+	}
+	if tally := Count(replies); tally.OK != n || len(ports) != n {
+		t.Errorf("%d ports of %v", len(ports), tally)
+	}
+}
+
 func TestTargetSpeaksFirst(t *testing.T) {
 	_, client, target := pair(t)
 	target.serve(t, Serve{Who: "smtp", Networks: []string{"tcp"}, Ports: []uint16{25, 26}, Greet: true})

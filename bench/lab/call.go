@@ -35,7 +35,7 @@ type Call struct {
 	Dst      netip.AddrPort
 	SrcAddr  netip.Addr    // default: the kernel's choice
 	SrcPort  uint16        // default: the kernel's choice
-	N        int           // default 1
+	N        int           // default 1; of UDP, each keeps a socket until the last has its reply
 	Parallel int           // calls at a time; default 1
 	Timeout  time.Duration // of each call; default 1 s
 	// Silent says nothing and waits for the target's greeting (TCP).
@@ -108,7 +108,17 @@ func (s *server) call(ctx context.Context, _ uint64, c Call) ([]Reply, error) {
 		return nil, err
 	}
 	replies := make([]Reply, c.N)
-	inParallel(c.Parallel, c.N, func(i int) { replies[i] = c.once(ctx) })
+	if c.Network == "tcp" || c.SrcPort != 0 {
+		inParallel(c.Parallel, c.N, func(i int) { replies[i] = c.once(ctx) })
+		return replies, ctx.Err()
+	}
+	// The port of a UDP socket that is closed could be the next call's, which
+	// would then be no flow of its own to anybody on the way.
+	flows := make([]*flow, c.N)
+	inParallel(c.Parallel, c.N, func(i int) { flows[i], replies[i] = c.try(ctx) })
+	for _, f := range flows {
+		f.close()
+	}
 	return replies, ctx.Err()
 }
 
@@ -143,12 +153,18 @@ func inParallel(workers, n int, f func(i int)) {
 
 // once makes one call.
 func (c *Call) once(ctx context.Context) Reply {
+	f, reply := c.try(ctx)
+	f.close()
+	return reply
+}
+
+// try makes one call and leaves its flow open. There is none after an error.
+func (c *Call) try(ctx context.Context) (*flow, Reply) {
 	f, err := c.dial(ctx)
 	if err != nil {
-		return Reply{Err: failure(err)}
+		return nil, Reply{Err: failure(err)}
 	}
-	defer f.Close()
-	return f.exchange(!c.Silent, c.Timeout)
+	return f, f.exchange(!c.Silent, c.Timeout)
 }
 
 // A flow is one connection, or one UDP socket with a fixed peer.
@@ -156,6 +172,12 @@ type flow struct {
 	net.Conn
 	lines *bufio.Reader
 	asked int // questions so far
+}
+
+func (f *flow) close() {
+	if f != nil {
+		_ = f.Close()
+	}
 }
 
 func (c *Call) dial(ctx context.Context) (*flow, error) {
