@@ -95,7 +95,7 @@ func TestConfigsAreValid(t *testing.T) {
 		if w.dataplane == "" {
 			continue
 		}
-		s := site{way: w, Topology: &lab.Topology{LB: node("10.0.1.1"), Targets: []*lab.Node{node("10.0.1.11"), node("10.0.1.12")}}}
+		s := site{way: w, Site: measure.Site{Topology: &lab.Topology{LB: node("10.0.1.1"), Targets: []*lab.Node{node("10.0.1.11"), node("10.0.1.12")}}}}
 		c, err := config.Parse("nlb.yaml", []byte(s.config()))
 		if err != nil {
 			t.Errorf("%s: %v", w.name, err)
@@ -199,7 +199,7 @@ packet
   nlb      1600          0  +600   10  1.600  0.002  +100
 `
 	var b bytes.Buffer
-	if err := r.write(&b, "table"); err != nil {
+	if err := measure.Write(&b, "table", &r); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, b.String()); diff != "" {
@@ -207,7 +207,7 @@ packet
 	}
 	b.Reset()
 	var back report
-	if err := r.write(&b, "json"); err != nil {
+	if err := measure.Write(&b, "json", &r); err != nil {
 		t.Fatal(err)
 	}
 	if err := json.Unmarshal(b.Bytes(), &back); err != nil || !cmp.Equal(r, back) {

@@ -38,6 +38,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 	"nlb/internal/vm"
 )
 
@@ -114,7 +115,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	}
 	r := newReport(boots)
 	r.Kernel, r.QEMU, r.Commit = kernel.Release, emulator, commit()
-	return r.write(stdout, o.format)
+	return measure.Write(stdout, o.format, r)
 }
 
 // bootAll boots as often as asked, two at a time: what other programs do on the

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"runtime/debug"
@@ -49,13 +48,13 @@ func newReport(boots []boot) *report {
 			wr := wayReport{
 				Name:         by.name,
 				Instructions: measure.Summarize(counts),
-				Added:        measure.Summarize(measure.Pairwise(counts, direct, more)),
-				Ratio:        measure.Summarize(measure.Pairwise(counts, direct, measure.Ratio)),
+				Added:        measure.Compare(counts, direct, more),
+				Ratio:        measure.Compare(counts, direct, measure.Ratio),
 			}
 			if by.against != "" {
 				least := slices.IndexFunc(ways, func(w way) bool { return w.name == by.against })
 				wr.Against = by.against
-				wr.Beyond = new(measure.Summarize(measure.Pairwise(counts, column(boots, m, least), more)))
+				wr.Beyond = new(measure.Compare(counts, column(boots, m, least), more))
 			}
 			mr.Ways = append(mr.Ways, wr)
 		}
@@ -101,27 +100,19 @@ func describe(settings map[string]string) string {
 	return revision[:min(12, len(revision))]
 }
 
-func (r *report) write(w io.Writer, format string) error {
-	if format == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(r)
-	}
-	return r.table(w)
-}
-
-func (r *report) table(w io.Writer) error {
+// Table has the metrics one after the other.
+func (r *report) Table(w io.Writer) error {
 	fmt.Fprintf(w, "Linux %s, QEMU %s, nlb %s, %d boots. Instructions, the sender's and the receiver's included; ± is half of what the boots differ by.\n",
 		r.Kernel, r.QEMU, r.Commit, r.Boots)
 	for _, m := range r.Metrics {
-		if _, err := fmt.Fprintf(w, "\n%s\n%s", m.Name, m.table()); err != nil {
+		if err := measure.WriteSection(w, m.Name, m.rows()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (m *metricReport) table() string {
+func (m *metricReport) rows() [][]string {
 	rows := [][]string{{"", "instructions", "±", "added", "±", "ratio", "±", "beyond the minimum"}}
 	for i, way := range m.Ways {
 		row := []string{"  " + way.Name, fmt.Sprintf("%.0f", way.Instructions.Median), half(way.Instructions, 0), "", "", "", "", ""}
@@ -134,7 +125,7 @@ func (m *metricReport) table() string {
 		}
 		rows = append(rows, row)
 	}
-	return measure.Columns(rows)
+	return rows
 }
 
 // half is half of how far the boots spread, with as many decimals.

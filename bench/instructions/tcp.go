@@ -6,6 +6,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/bench/measure"
 )
 
 // tcpLoad makes connections, one after the other: connect, a request, an answer,
@@ -38,7 +40,7 @@ func (l *tcpLoad) run() (connections int, err error) {
 }
 
 func (l *tcpLoad) connection() error {
-	client, err := bound(unix.SOCK_STREAM, l.site.Clients[0].Addr4, l.next)
+	client, err := measure.Bind(unix.SOCK_STREAM, l.site.Clients[0].Addr4, l.next)
 	if err != nil {
 		return err
 	}
@@ -54,40 +56,18 @@ func (l *tcpLoad) connection() error {
 		return os.NewSyscallError("connect", err)
 	}
 	// A connection can be accepted when both sides have it.
-	i, err := await(l.site.tcp...)
+	i, err := measure.FirstReadable(measure.Readable(l.site.sockets.TCP...))
 	if err != nil {
 		return fmt.Errorf("accept: %w", err)
 	}
-	if target, _, err = unix.Accept4(l.site.tcp[i], unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC); err != nil {
+	if target, _, err = unix.Accept4(l.site.sockets.TCP[i], unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC); err != nil {
 		return os.NewSyscallError("accept4", err)
 	}
-	if err := l.pass(client, target); err != nil {
+	if err := measure.Pass(client, target, l.message); err != nil {
 		return fmt.Errorf("request: %w", err)
 	}
-	if err := l.pass(target, client); err != nil {
+	if err := measure.Pass(target, client, l.message); err != nil {
 		return fmt.Errorf("answer: %w", err)
 	}
 	return nil
-}
-
-// pass sends the message on one socket and reads it from the other.
-func (l *tcpLoad) pass(from, to int) error {
-	if _, err := unix.Write(from, l.message); err != nil {
-		return os.NewSyscallError("write", err)
-	}
-	for {
-		n, err := unix.Read(to, l.message)
-		switch {
-		case errors.Is(err, unix.EAGAIN):
-			if _, err := await(to); err != nil {
-				return err
-			}
-			continue
-		case err != nil:
-			return os.NewSyscallError("read", err)
-		case n != len(l.message):
-			return fmt.Errorf("%d bytes arrived of %d", n, len(l.message))
-		}
-		return nil
-	}
 }

@@ -8,6 +8,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/bench/measure"
 )
 
 const (
@@ -23,7 +25,7 @@ type udpLoad struct {
 	site     *site
 	from, to net.HardwareAddr
 	link     int // packet socket
-	out, in  *batch
+	out, in  *measure.Batch
 	fresh    bool  // whether each packet is of a new flow
 	next     int   // port
 	flows    []int // the client's sockets
@@ -59,7 +61,7 @@ func newFresh(s *site) (load, error) {
 
 // newUDPLoad is called in the client's namespace.
 func newUDPLoad(s *site) (*udpLoad, error) {
-	l := &udpLoad{site: s, out: newBatch(batchSize, frameSize), in: newBatch(batchSize, payload)}
+	l := &udpLoad{site: s, out: measure.NewBatch(batchSize, frameSize), in: measure.NewBatch(batchSize, payload)}
 	link, err := net.InterfaceByName("eth0")
 	if err != nil {
 		return nil, err
@@ -108,14 +110,14 @@ func (l *udpLoad) close() {
 // put makes the packet from a port the batch's i-th.
 func (l *udpLoad) put(i, port int) {
 	to := l.site.address(port)
-	putFrame(l.out.message(i), l.from, l.to,
+	putFrame(l.out.Message(i), l.from, l.to,
 		netip.AddrPortFrom(l.site.Clients[0].Addr4, uint16(port)),
 		netip.AddrPortFrom(netip.AddrFrom4(to.Addr), uint16(to.Port)))
 }
 
 // establish sends a packet each way.
 func (l *udpLoad) establish(port int) error {
-	fd, err := bound(unix.SOCK_DGRAM, l.site.Clients[0].Addr4, port)
+	fd, err := measure.Bind(unix.SOCK_DGRAM, l.site.Clients[0].Addr4, port)
 	if err != nil {
 		return err
 	}
@@ -124,21 +126,21 @@ func (l *udpLoad) establish(port int) error {
 	if err := unix.Sendto(fd, []byte{0}, 0, &to); err != nil {
 		return os.NewSyscallError("sendto", err)
 	}
-	i, err := await(l.site.udp...)
+	i, err := measure.FirstReadable(measure.Readable(l.site.sockets.UDP...))
 	if err != nil {
 		return fmt.Errorf("to the targets: %w", err)
 	}
-	_, from, err := unix.Recvfrom(l.site.udp[i], make([]byte, 1), 0)
+	_, from, err := unix.Recvfrom(l.site.sockets.UDP[i], make([]byte, 1), 0)
 	if err != nil {
 		return os.NewSyscallError("recvfrom", err)
 	}
 	if a, ok := from.(*unix.SockaddrInet4); !ok || netip.AddrFrom4(a.Addr) != l.site.client() {
 		return fmt.Errorf("the target sees %v, not %v", from, l.site.client())
 	}
-	if err := unix.Sendto(l.site.udp[i], []byte{0}, 0, from); err != nil {
+	if err := unix.Sendto(l.site.sockets.UDP[i], []byte{0}, 0, from); err != nil {
 		return os.NewSyscallError("sendto", err)
 	}
-	if _, err := await(fd); err != nil {
+	if _, err := measure.FirstReadable(measure.Readable(fd)); err != nil {
 		return fmt.Errorf("back to the client: %w", err)
 	}
 	_, err = unix.Read(fd, make([]byte, 1))
@@ -162,13 +164,13 @@ func (l *udpLoad) prepare() error {
 
 // run sends the batch and reads it from the targets; all of it must arrive.
 func (l *udpLoad) run() (packets int, err error) {
-	sent, err := l.out.send(l.link)
+	sent, err := l.out.Send(l.link)
 	if err != nil || sent != batchSize {
 		return 0, fmt.Errorf("sent %d packets of %d: %w", sent, batchSize, err)
 	}
 	for received := 0; ; {
-		for _, fd := range l.site.udp {
-			n, err := l.in.receive(fd)
+		for _, fd := range l.site.sockets.UDP {
+			n, err := l.in.Receive(fd)
 			if err != nil {
 				return 0, os.NewSyscallError("recvmmsg", err)
 			}
@@ -177,7 +179,7 @@ func (l *udpLoad) run() (packets int, err error) {
 		if received == sent {
 			return sent, nil
 		}
-		if _, err := await(l.site.udp...); err != nil {
+		if _, err := measure.FirstReadable(measure.Readable(l.site.sockets.UDP...)); err != nil {
 			return 0, fmt.Errorf("%d packets arrived of %d: %w", received, sent, err)
 		}
 	}

@@ -5,24 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"nlb/balancer"
-	"nlb/balancer/control"
 	"nlb/bench/lab"
 	"nlb/bench/measure"
 )
 
 const (
-	targets   = 2
-	port      = 80   // of the VIP and of the targets
-	probePort = 8080 // of the targets, for health checks
-	many      = 1000 // listeners, where there are many
+	targets = 2
+	many    = 1000 // listeners, where there are many
 )
 
 // A way is one way from a client to a target.
@@ -122,12 +115,9 @@ var ways = []way{
 // A site is a way made real: a network and what is in it.
 type site struct {
 	way
-	*lab.Topology
-	dir      string
-	daemon   measure.Daemon // nlb, while it installs the way
-	servers  []*lab.Node    // who has the sockets: the targets, usually
-	udp, tcp []int          // the sockets, by server
-	opened   []int
+	measure.Site
+	servers []*lab.Node // who has the sockets: the targets, usually
+	sockets measure.Sockets
 }
 
 // newSite builds the network of a way, which is ready for traffic then. nlb has
@@ -147,91 +137,39 @@ func newSite(ctx context.Context, w way, program string) (*site, error) {
 	return s, nil
 }
 
-func (s *site) build() (err error) {
-	if s.Topology, err = lab.Routed(lab.Options{Targets: targets, Offload: true}); err != nil {
-		return fmt.Errorf("needs network namespaces and veth links: %w", err)
+func (s *site) build() error {
+	if err := s.Build(targets); err != nil {
+		return err
 	}
 	s.servers = s.Targets
 	if s.here {
 		s.servers = []*lab.Node{s.LB}
 	}
 	for _, n := range s.servers {
-		if err := n.Do(func() error { return s.serve(n) }); err != nil {
+		if err := n.Do(func() error { return s.sockets.Listen(n.Addr4) }); err != nil {
 			return fmt.Errorf("%s: %w", n.Name, err)
 		}
 	}
 	return nil
 }
 
-// serve opens the sockets of a server, in whose namespace it is called. Health
-// checks have a port to themselves, where the kernel answers alone.
-func (s *site) serve(n *lab.Node) error {
-	u, err := s.listen(unix.SOCK_DGRAM, n, port)
-	if err != nil {
-		return err
-	}
-	t, err := s.listen(unix.SOCK_STREAM, n, port)
-	if err != nil {
-		return err
-	}
-	s.udp, s.tcp = append(s.udp, u), append(s.tcp, t)
-	_, err = s.listen(unix.SOCK_STREAM, n, probePort)
-	return err
-}
-
-// listen opens one of a server's sockets.
-func (s *site) listen(kind int, t *lab.Node, port int) (int, error) {
-	fd, err := bound(kind, t.Addr4, port)
-	if err != nil {
-		return -1, err
-	}
-	s.opened = append(s.opened, fd)
-	if kind == unix.SOCK_STREAM {
-		err = os.NewSyscallError("listen", unix.Listen(fd, 128))
-	}
-	return fd, err
-}
-
 // close removes the network and all in it, complete or not.
 func (s *site) close() error {
-	for _, fd := range s.opened {
-		_ = unix.Close(fd)
-	}
-	var errs []error
-	if s.Topology != nil {
-		errs = append(errs, s.Topology.Close()) // ends the daemon too
-	}
-	s.daemon.Join()
-	if s.dir != "" {
-		errs = append(errs, os.RemoveAll(s.dir))
-	}
-	return errors.Join(errs...)
+	s.sockets.Close()
+	return s.Close()
 }
 
 // script runs the way's script.
 func (s *site) script(ctx context.Context) error {
-	text := strings.NewReplacer("VIP", lab.VIP4.String(), "T0", s.Targets[0].Addr4.String(), "T1", s.Targets[1].Addr4.String()).Replace(s.setup)
-	if out, err := s.LB.Command(ctx, "sh", "-ec", text).CombinedOutput(); err != nil {
+	if out, err := s.LB.Command(ctx, "sh", "-ec", s.Expand(s.setup)).CombinedOutput(); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	return nil
 }
 
-// config is nlb's configuration. Health is found once, at the start.
+// config is nlb's configuration.
 func (s *site) config() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "dataplane: %s\nsource_addresses: [%s]\n", s.dataplane, s.LB.Addr4)
-	fmt.Fprintf(&b, "vips: [{address: %s, interface: lo}]\n", lab.VIP4)
-	b.WriteString("metrics: {address: \"\"}\nlisteners:\n")
-	for i := range s.listeners {
-		fmt.Fprintf(&b, "  - {name: bench-%d, vip: %s, protocol: TCP_UDP, port: %d, forward: [{target_group: bench}]}\n", i, lab.VIP4, port+i)
-	}
-	fmt.Fprintf(&b, "target_groups:\n  - name: bench\n    protocol: TCP_UDP\n    port: %d\n    client_ip: %s\n", port, s.clientIP)
-	fmt.Fprintf(&b, "    health_check: {port: %d, interval: 300s}\n    targets:\n", probePort)
-	for _, t := range s.Targets {
-		fmt.Fprintf(&b, "      - {address: %s}\n", t.Addr4)
-	}
-	return b.String()
+	return s.Config(measure.Forwarding{Dataplane: s.dataplane, ClientIP: s.clientIP, Listeners: s.listeners})
 }
 
 // patience is how long nlb may take to begin and to end, by the guest's clock: a
@@ -239,55 +177,16 @@ func (s *site) config() string {
 const patience = time.Minute
 
 // install has nlb forward to all targets, and ends it.
-func (s *site) install(ctx context.Context, program string) (err error) {
-	if s.dir, err = os.MkdirTemp("", "nlb-bench-"); err != nil {
+func (s *site) install(ctx context.Context, program string) error {
+	if err := s.StartNLB(ctx, program, s.config(), patience); err != nil {
 		return err
 	}
-	path := func(name string) string { return filepath.Join(s.dir, name) }
-	if err := os.WriteFile(path("nlb.yaml"), []byte(s.config()), 0o600); err != nil {
-		return err
-	}
-	// Its life is the network's, should it not end when it is told to.
-	cmd := s.LB.Command(context.Background(), program,
-		"serve", "-c", path("nlb.yaml"), "--state-dir", path("state"), "--socket", path("nlb.sock"))
-	if err := s.daemon.Start(cmd); err != nil {
-		return fmt.Errorf("start nlb: %w", err)
-	}
-	client := control.NewClient(path("nlb.sock"))
-	err = s.daemon.Await(ctx, patience, func(ctx context.Context) error {
-		status, err := client.Status(ctx)
-		if err != nil {
-			return err
-		}
-		return inForce(status)
-	})
-	if err != nil {
-		return fmt.Errorf("waited in vain for nlb: %w\n%s", err, &s.daemon.Log)
-	}
-	if err := unix.Kill(s.daemon.PID(), unix.SIGTERM); err != nil {
+	if err := unix.Kill(s.Balancer.PID(), unix.SIGTERM); err != nil {
 		return fmt.Errorf("end nlb: %w", err)
 	}
-	err = s.daemon.Await(ctx, patience, func(context.Context) error { return errors.New("nlb still runs") })
+	err := s.Balancer.Await(ctx, patience, func(context.Context) error { return errors.New("nlb still runs") })
 	if !errors.Is(err, measure.ErrEnded) {
-		return fmt.Errorf("%w\n%s", err, &s.daemon.Log)
-	}
-	return nil
-}
-
-// inForce says what is missing until the kernel forwards to all targets.
-func inForce(s *control.Status) error {
-	for _, g := range s.TargetGroups {
-		for _, t := range g.Targets {
-			if t.State != balancer.Healthy || t.EffectiveWeight != t.Weight {
-				return fmt.Errorf("%s is %s: %s", t.AddrPort(), t.State, t.Description)
-			}
-		}
-	}
-	switch {
-	case s.Apply.Error != "":
-		return errors.New(s.Apply.Error)
-	case s.Apply.ConvergedAt.IsZero():
-		return errors.New("the configuration is not in force yet")
+		return fmt.Errorf("%w\n%s", err, &s.Balancer.Log)
 	}
 	return nil
 }
@@ -298,7 +197,7 @@ func (s *site) address(from int) unix.SockaddrInet4 {
 	if s.dataplane == "" && s.setup == "" {
 		a = s.servers[from%len(s.servers)].Addr4
 	}
-	return unix.SockaddrInet4{Addr: a.As4(), Port: port}
+	return unix.SockaddrInet4{Addr: a.As4(), Port: measure.Port}
 }
 
 // client is whom a target sees.

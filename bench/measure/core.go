@@ -1,6 +1,7 @@
-// Package measure has what the benchmarks share: one core for everything, the
-// CPU time that processes have had, programs that run while they are measured,
-// and summaries of rounds.
+// Package measure has what the benchmarks share: the networks that they measure,
+// the sockets and batches by which one thread is both sides of the traffic, nlb
+// and other programs that run meanwhile, one core for everything, the CPU time
+// that processes have had, summaries of rounds, and reports.
 package measure
 
 import (

@@ -31,5 +31,10 @@ func Pairwise(a, b []float64, f func(a, b float64) float64) []float64 {
 	return values
 }
 
-// Ratio is a divided by b, for Pairwise.
+// Compare summarizes f of the two values of each round, as Pairwise has them.
+func Compare(a, b []float64, f func(a, b float64) float64) Summary {
+	return Summarize(Pairwise(a, b, f))
+}
+
+// Ratio is a divided by b, for Pairwise and Compare.
 func Ratio(a, b float64) float64 { return a / b }

@@ -155,7 +155,7 @@ func (r *round) measure(ctx context.Context, d time.Duration) error {
 func (r *round) daemons() ([]time.Duration, error) {
 	used := make([]time.Duration, len(r.sites))
 	for i, s := range r.sites {
-		pid := s.daemon.PID()
+		pid := s.Balancer.PID()
 		if pid == 0 {
 			continue
 		}
@@ -171,7 +171,7 @@ func (r *round) daemons() ([]time.Duration, error) {
 func (r *round) slice(i int, to *sample) error {
 	s := r.sites[i]
 	helpers := []int{r.softirqd}
-	if pid := s.daemon.PID(); pid != 0 {
+	if pid := s.Balancer.PID(); pid != 0 {
 		helpers = append(helpers, pid)
 	}
 	return s.Clients[0].Do(func() error {
@@ -199,5 +199,5 @@ func (s *site) address(from int) unix.SockaddrInet4 {
 	if s.clientIP == "" && s.nft == "" {
 		a = s.Targets[from%targets].Addr4
 	}
-	return unix.SockaddrInet4{Addr: a.As4(), Port: port}
+	return unix.SockaddrInet4{Addr: a.As4(), Port: measure.Port}
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -65,11 +64,6 @@ func newReport(o options, all []samples) (*report, error) {
 	return r, nil
 }
 
-// pairwise summarizes f of the rates of each round.
-func pairwise(a, b []float64, f func(a, b float64) float64) measure.Summary {
-	return measure.Summarize(measure.Pairwise(a, b, f))
-}
-
 // costMore is how many nanoseconds more one thing takes at the rate a than at b.
 func costMore(a, b float64) float64 { return 1e9/a - 1e9/b }
 
@@ -93,43 +87,35 @@ func compare(ways []way, all samples) []wayReport {
 		}
 		r.Daemon = daemon.Seconds() / around.Seconds()
 		r.Rate, r.WallRate = measure.Summarize(r.Rates), measure.Summarize(wall)
-		r.AddedNS = pairwise(r.Rates, reports[0].Rates, costMore)
-		r.BoundedByGenerator = i > 0 && pairwise(reports[0].Rates, r.Rates, measure.Ratio).Median < headroom
+		r.AddedNS = measure.Compare(r.Rates, reports[0].Rates, costMore)
+		r.BoundedByGenerator = i > 0 && measure.Compare(reports[0].Rates, r.Rates, measure.Ratio).Median < headroom
 		if w.against == "" {
 			continue
 		}
 		other := reports[at[w.against]].Rates
-		between := pairwise(r.Rates, other, measure.Ratio)
+		between := measure.Compare(r.Rates, other, measure.Ratio)
 		r.Ratio = &between
 	}
 	return reports
 }
 
-func (r *report) write(w io.Writer, format string) error {
-	if format == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(r)
-	}
-	return r.table(w)
-}
-
-func (r *report) table(w io.Writer) error {
+// Table has the metrics one after the other.
+func (r *report) Table(w io.Writer) error {
 	fmt.Fprintf(w, "Linux %s, core %d, %d rounds of %g s. Rates are per second that the core worked on them.\n", r.Kernel, r.Core, r.Rounds, r.Seconds)
 	for _, m := range r.Metrics {
-		if _, err := fmt.Fprintf(w, "\n%s\n%s", m.Name, m.table()); err != nil {
+		if err := measure.WriteSection(w, m.Name, m.rows()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (m *metricReport) table() string {
+func (m *metricReport) rows() [][]string {
 	rows := [][]string{{"", "median", "min .. max", "added", "ratio", "min .. max", "to", ""}}
 	for _, row := range m.Ways {
 		rows = append(rows, row.cells())
 	}
-	return measure.Columns(rows)
+	return rows
 }
 
 // cells are as many for every way: a column ends where a line has none.

@@ -29,10 +29,10 @@ func summary(median, least, most float64) measure.Summary {
 func TestPairwiseIgnoresTheMachine(t *testing.T) {
 	a := []float64{100, 50, 25}
 	b := []float64{200, 100, 50}
-	if diff := cmp.Diff(summary(0.5, 0.5, 0.5), pairwise(a, b, measure.Ratio)); diff != "" {
+	if diff := cmp.Diff(summary(0.5, 0.5, 0.5), measure.Compare(a, b, measure.Ratio)); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff(summary(1e7, 5e6, 2e7), pairwise(a, b, costMore)); diff != "" {
+	if diff := cmp.Diff(summary(1e7, 5e6, 2e7), measure.Compare(a, b, costMore)); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -89,7 +89,7 @@ packets
   nlb      792000   780000 .. 800000    +430 ns  0.990  0.985 .. 0.991  minimal  bounded by the generator
 `
 	var b bytes.Buffer
-	if err := r.write(&b, "table"); err != nil {
+	if err := measure.Write(&b, "table", &r); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, b.String()); diff != "" {

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/bench/measure"
 )
 
 // tcpLoad makes connections, one after the other: connect, a request, a
@@ -20,7 +22,7 @@ type tcpLoad struct {
 }
 
 func newTCPLoad(s *site) *tcpLoad {
-	return &tcpLoad{site: s, next: firstPort, listeners: readable(s.sockets.tcp[:]...), message: make([]byte, payload)}
+	return &tcpLoad{site: s, next: firstPort, listeners: measure.Readable(s.sockets.TCP...), message: make([]byte, payload)}
 }
 
 func (*tcpLoad) close() {}
@@ -42,7 +44,7 @@ func (l *tcpLoad) run(d time.Duration) (begun, made int, err error) {
 var reset = unix.Linger{Onoff: 1}
 
 func (l *tcpLoad) connection() error {
-	client, err := bound(unix.SOCK_STREAM, l.site.Clients[0].Addr4, l.next)
+	client, err := measure.Bind(unix.SOCK_STREAM, l.site.Clients[0].Addr4, l.next)
 	if err != nil {
 		return err
 	}
@@ -61,7 +63,7 @@ func (l *tcpLoad) connection() error {
 		return os.NewSyscallError("connect", err)
 	}
 	// A connection can be accepted when both sides have it.
-	i, err := await(l.listeners)
+	i, err := measure.FirstReadable(l.listeners)
 	if err != nil {
 		return fmt.Errorf("accept: %w", err)
 	}
@@ -70,33 +72,11 @@ func (l *tcpLoad) connection() error {
 		return os.NewSyscallError("accept4", errno)
 	}
 	target = int(fd)
-	if err := l.pass(client, target); err != nil {
+	if err := measure.Pass(client, target, l.message); err != nil {
 		return fmt.Errorf("request: %w", err)
 	}
-	if err := l.pass(target, client); err != nil {
+	if err := measure.Pass(target, client, l.message); err != nil {
 		return fmt.Errorf("response: %w", err)
 	}
 	return nil
-}
-
-// pass sends the message on one socket and reads it from the other.
-func (l *tcpLoad) pass(from, to int) error {
-	if _, err := unix.Write(from, l.message); err != nil {
-		return os.NewSyscallError("write", err)
-	}
-	for {
-		n, err := unix.Read(to, l.message)
-		switch {
-		case errors.Is(err, unix.EAGAIN):
-			if _, err := await(readable(to)); err != nil {
-				return err
-			}
-			continue
-		case err != nil:
-			return os.NewSyscallError("read", err)
-		case n != len(l.message):
-			return fmt.Errorf("%d bytes arrived of %d", n, len(l.message))
-		}
-		return nil
-	}
 }

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/bench/measure"
 )
 
 const (
@@ -23,8 +25,8 @@ type flow struct{ client, target int }
 // target, whatever the balancer's hash: flows more than that are given up.
 type udpLoad struct {
 	flows []flow
-	out   *batch
-	in    *batch
+	out   *measure.Batch
+	in    *measure.Batch
 }
 
 func (l *udpLoad) close() {
@@ -36,7 +38,7 @@ func (l *udpLoad) close() {
 // newUDPLoad is called in the client's namespace.
 func newUDPLoad(s *site) (l *udpLoad, err error) {
 	// Room for two batches, so that what came late is caught up with.
-	l = &udpLoad{out: newBatch(batchSize, payload), in: newBatch(2*batchSize, payload)}
+	l = &udpLoad{out: measure.NewBatch(batchSize, payload), in: measure.NewBatch(2*batchSize, payload)}
 	defer func() {
 		if err != nil {
 			l.close()
@@ -65,7 +67,7 @@ func newUDPLoad(s *site) (l *udpLoad, err error) {
 // connection tracking would not call it established.
 func (s *site) establish(p int) (f flow, target int, err error) {
 	to := s.address(p)
-	f.client, err = bound(unix.SOCK_DGRAM, s.Clients[0].Addr4, p)
+	f.client, err = measure.Bind(unix.SOCK_DGRAM, s.Clients[0].Addr4, p)
 	if err != nil {
 		return f, 0, err
 	}
@@ -80,11 +82,11 @@ func (s *site) establish(p int) (f flow, target int, err error) {
 	if _, err := unix.Write(f.client, []byte{0}); err != nil {
 		return f, 0, os.NewSyscallError("send", err)
 	}
-	target, err = await(readable(s.sockets.udp[:]...))
+	target, err = measure.FirstReadable(measure.Readable(s.sockets.UDP...))
 	if err != nil {
 		return f, 0, fmt.Errorf("to the targets: %w", err)
 	}
-	f.target = s.sockets.udp[target]
+	f.target = s.sockets.UDP[target]
 	_, from, err := unix.Recvfrom(f.target, make([]byte, 1), 0)
 	if err != nil {
 		return f, 0, os.NewSyscallError("recvfrom", err)
@@ -92,7 +94,7 @@ func (s *site) establish(p int) (f flow, target int, err error) {
 	if err := unix.Sendto(f.target, []byte{0}, 0, from); err != nil {
 		return f, 0, os.NewSyscallError("sendto", err)
 	}
-	if _, err := await(readable(f.client)); err != nil {
+	if _, err := measure.FirstReadable(measure.Readable(f.client)); err != nil {
 		return f, 0, fmt.Errorf("back to the client: %w", err)
 	}
 	_, err = unix.Read(f.client, make([]byte, 1))
@@ -103,12 +105,12 @@ func (s *site) establish(p int) (f flow, target int, err error) {
 func (l *udpLoad) run(d time.Duration) (sent, received int, err error) {
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		for _, f := range l.flows {
-			n, err := l.out.send(f.client)
+			n, err := l.out.Send(f.client)
 			if err != nil {
 				return 0, 0, os.NewSyscallError("sendmmsg", err)
 			}
 			sent += n
-			if n, err = l.in.receive(f.target); err != nil {
+			if n, err = l.in.Receive(f.target); err != nil {
 				return 0, 0, os.NewSyscallError("recvmmsg", err)
 			}
 			received += n

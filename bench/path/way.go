@@ -4,19 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
+	"time"
 
-	"nlb/bench/lab"
 	"nlb/bench/measure"
 )
 
-const (
-	targets   = 3
-	port      = 80   // of the VIP and of the targets
-	probePort = 8080 // of the targets, for health checks
-)
+const targets = 3
 
 // A way is one way from a client to a target.
 type way struct {
@@ -72,10 +66,8 @@ var ways = []way{
 // A site is a way made real: a network and what is in it.
 type site struct {
 	way
-	*lab.Topology
-	dir     string
-	daemon  measure.Daemon // nlb, where it runs
-	sockets sockets
+	measure.Site
+	sockets measure.Sockets
 }
 
 // newSite builds the network of a way, which is ready for traffic then.
@@ -87,16 +79,18 @@ func newSite(ctx context.Context, w way, program string) (*site, error) {
 	return s, nil
 }
 
-func (s *site) build(ctx context.Context, program string) (err error) {
-	if s.Topology, err = lab.Routed(lab.Options{Targets: targets, Offload: true}); err != nil {
-		return fmt.Errorf("needs network namespaces and veth links: %w", err)
-	}
-	if err := s.listen(); err != nil {
+func (s *site) build(ctx context.Context, program string) error {
+	if err := s.Build(targets); err != nil {
 		return err
+	}
+	for _, t := range s.Targets {
+		if err := t.Do(func() error { return s.sockets.Listen(t.Addr4) }); err != nil {
+			return fmt.Errorf("%s: %w", t.Name, err)
+		}
 	}
 	switch {
 	case s.clientIP != "":
-		return s.serve(ctx, program)
+		return s.StartNLB(ctx, program, s.Config(measure.Forwarding{ClientIP: s.clientIP, Listeners: 1}), 15*time.Second)
 	case s.nft != "":
 		return s.load(ctx)
 	}
@@ -105,71 +99,16 @@ func (s *site) build(ctx context.Context, program string) (err error) {
 
 // close removes the network and all in it, complete or not.
 func (s *site) close() error {
-	s.sockets.close()
-	var errs []error
-	if s.Topology != nil {
-		errs = append(errs, s.Topology.Close()) // ends the daemon too
-	}
-	s.daemon.Join()
-	if s.dir != "" {
-		errs = append(errs, os.RemoveAll(s.dir))
-	}
-	return errors.Join(errs...)
+	s.sockets.Close()
+	return s.Close()
 }
 
 // load gives the way's ruleset to nft.
 func (s *site) load(ctx context.Context) error {
 	cmd := s.LB.Command(ctx, "nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(s.ruleset())
+	cmd.Stdin = strings.NewReader(s.Expand(s.nft))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("nft -f: %w: %s", err, out)
 	}
 	return nil
 }
-
-// ruleset is the way's with this network's addresses.
-func (s *site) ruleset() string {
-	names := []string{"VIP", lab.VIP4.String()}
-	for i, t := range s.Targets {
-		names = append(names, fmt.Sprint("T", i), t.Addr4.String())
-	}
-	return strings.NewReplacer(names...).Replace(s.nft)
-}
-
-// config is nlb's configuration. Health is found once, at the start.
-func (s *site) config() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "source_addresses: [%s]\n", s.LB.Addr4)
-	fmt.Fprintf(&b, "vips: [{address: %s, interface: lo}]\n", lab.VIP4)
-	b.WriteString("metrics: {address: \"\"}\nlisteners:\n")
-	fmt.Fprintf(&b, "  - {name: bench, vip: %s, protocol: TCP_UDP, port: %d, forward: [{target_group: bench}]}\n", lab.VIP4, port)
-	fmt.Fprintf(&b, "target_groups:\n  - name: bench\n    protocol: TCP_UDP\n    port: %d\n    client_ip: %s\n", port, s.clientIP)
-	fmt.Fprintf(&b, "    health_check: {port: %d, interval: 300s}\n    targets:\n", probePort)
-	for _, t := range s.Targets {
-		fmt.Fprintf(&b, "      - {address: %s}\n", t.Addr4)
-	}
-	return b.String()
-}
-
-// serve starts nlb and returns when it forwards to all targets.
-func (s *site) serve(ctx context.Context, program string) error {
-	program, err := filepath.Abs(program)
-	if err != nil {
-		return err
-	}
-	if s.dir, err = os.MkdirTemp("", "nlb-bench-"); err != nil {
-		return err
-	}
-	if err := os.WriteFile(s.path("nlb.yaml"), []byte(s.config()), 0o600); err != nil {
-		return err
-	}
-	// Its life is the network's: close ends it.
-	cmd := s.LB.Command(context.Background(), program,
-		"serve", "-c", s.path("nlb.yaml"), "--state-dir", s.path("state"), "--socket", s.path("nlb.sock"))
-	if err := s.daemon.Start(cmd); err != nil {
-		return fmt.Errorf("start nlb: %w", err)
-	}
-	return s.awaitHealthy(ctx)
-}
-
-func (s *site) path(name string) string { return filepath.Join(s.dir, name) }

@@ -6,16 +6,11 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 
 	"nlb/bench/lab"
-)
-
-const (
-	port      = 80   // of the VIP and of the target
-	probePort = 8080 // of the target, for health checks
+	"nlb/bench/measure"
 )
 
 // A contestant is one way from the client to the target.
@@ -69,15 +64,11 @@ target_groups:
 `
 
 func startNLB(s *site, o *options, tracked string) (*exec.Cmd, error) {
-	program, err := filepath.Abs(o.nlb)
+	cmd, err := s.NLB(o.nlb, s.expand(strings.Replace(nlbConfig, "TRACKED", tracked, 1)))
 	if err != nil {
 		return nil, err
 	}
-	config, err := s.write("nlb.yaml", strings.Replace(nlbConfig, "TRACKED", tracked, 1))
-	if err != nil {
-		return nil, err
-	}
-	return s.command(program, "serve", "-c", config, "--state-dir", s.path("state"), "--socket", s.path("nlb.sock")), nil
+	return alone(cmd), nil
 }
 
 // startEngine has this program run nlb's relay, without the rest of nlb and so
@@ -147,12 +138,12 @@ func startNginx(s *site, o *options) (*exec.Cmd, error) {
 	if err != nil {
 		return nil, err
 	}
-	text := strings.NewReplacer("MODULE", module, "PID", s.path("nginx.pid")).Replace(nginxConfig)
+	text := strings.NewReplacer("MODULE", module, "PID", s.Path("nginx.pid")).Replace(nginxConfig)
 	config, err := s.write("nginx.conf", text)
 	if err != nil {
 		return nil, err
 	}
-	return s.command(o.nginx, "-p", s.dir, "-e", "stderr", "-c", config), nil
+	return s.command(o.nginx, "-p", s.Path(""), "-e", "stderr", "-c", config), nil
 }
 
 func streamModule() (string, error) {
@@ -167,25 +158,26 @@ func streamModule() (string, error) {
 // expand writes this network's addresses for their names.
 func (s *site) expand(text string) string {
 	return strings.NewReplacer(
-		"VIP", lab.VIP4.String(), "PORT", fmt.Sprint(port), "PROBE", fmt.Sprint(probePort),
+		"VIP", lab.VIP4.String(), "PORT", fmt.Sprint(measure.Port), "PROBE", fmt.Sprint(measure.ProbePort),
 		"TARGET", s.Targets[0].Addr4.String(), "SOURCE", s.LB.Addr4.String(),
 	).Replace(text)
 }
 
 func (s *site) write(name, text string) (path string, err error) {
-	path = s.path(name)
-	return path, os.WriteFile(path, []byte(s.expand(text)), 0o600)
+	return s.Write(name, s.expand(text))
 }
-
-func (s *site) path(name string) string { return filepath.Join(s.dir, name) }
 
 func (s *site) addVIP() error { return s.LB.Address("lo", netip.PrefixFrom(lab.VIP4, 32)) }
 
 // command is a program in the balancer's namespace. Its life is the network's:
-// the site's close ends it. Each has a session of its own, as nlb's relay always
-// does, since the scheduler shares the core among sessions.
+// the site's close ends it.
 func (s *site) command(name string, args ...string) *exec.Cmd {
-	cmd := s.LB.Command(context.Background(), name, args...)
+	return alone(s.LB.Command(context.Background(), name, args...))
+}
+
+// alone gives a balancer a session of its own, as nlb's relay always has, since
+// the scheduler shares the core among sessions.
+func alone(cmd *exec.Cmd) *exec.Cmd {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	return cmd
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/bench/measure"
 	"nlb/proxyproto/relay"
 )
 
@@ -56,7 +57,7 @@ func runEngine(words []string) error {
 
 // configure has the relay serve the VIP.
 func configure(r *relay.Relay, vip, target, source netip.Addr) error {
-	at := netip.AddrPortFrom(vip, port)
+	at := netip.AddrPortFrom(vip, measure.Port)
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // as nlb's listeners
 	l, err := lc.Listen(context.Background(), "tcp", at.String())
@@ -71,12 +72,12 @@ func configure(r *relay.Relay, vip, target, source netip.Addr) error {
 	return r.Configure(&balancer.Table{
 		Sources: []netip.Addr{source},
 		Services: []balancer.VirtualService{{
-			Name: "bench", Address: vip, Protocols: []uint8{unix.IPPROTO_TCP}, Port: port, IdleTimeout: 350 * time.Second,
+			Name: "bench", Address: vip, Protocols: []uint8{unix.IPPROTO_TCP}, Port: measure.Port, IdleTimeout: 350 * time.Second,
 			Allow: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, Pools: []balancer.WeightedPool{{Pool: "bench", Weight: 1}},
 		}},
 		Pools: []balancer.Pool{{
 			Name: "bench", Protocols: []uint8{unix.IPPROTO_TCP}, ClientIP: balancer.ProxyProtocolV2,
-			Destinations: []balancer.Destination{{Address: target, Port: port, Weight: 1}},
+			Destinations: []balancer.Destination{{Address: target, Port: measure.Port, Weight: 1}},
 		}},
 	}, map[netip.AddrPort]*os.File{at: file})
 }

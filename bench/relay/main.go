@@ -96,7 +96,7 @@ const interrupted = 130
 func run(ctx context.Context, o options, stdout, stderr io.Writer) int {
 	report, err := bench(ctx, &o, stderr)
 	if err == nil {
-		err = report.write(stdout, o.format)
+		err = measure.Write(stdout, o.format, report)
 	}
 	switch {
 	case ctx.Err() != nil:

@@ -58,10 +58,10 @@ func takeTurns(ctx context.Context, sites []*site, l load, share time.Duration, 
 				return l.run(s, turn, &got[i])
 			})
 			if err != nil {
-				if s.balancer.Ended() {
+				if s.Balancer.Ended() {
 					err = errors.Join(err, errors.New("it has ended"))
 				}
-				return fmt.Errorf("%s: %w: %s", s.name, err, &s.balancer.Log)
+				return fmt.Errorf("%s: %w: %s", s.name, err, &s.Balancer.Log)
 			}
 		}
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"math"
@@ -182,7 +181,7 @@ func (q *quantity) report(who []contestant, all samples) quantityReport {
 			}
 		}
 		row.Summary = measure.Summarize(row.Values)
-		row.BoundedByGenerator = q.limited && i > 0 && measure.Summarize(measure.Pairwise(r.Contestants[0].Values, row.Values, measure.Ratio)).Median < headroom
+		row.BoundedByGenerator = q.limited && i > 0 && measure.Compare(r.Contestants[0].Values, row.Values, measure.Ratio).Median < headroom
 		r.Contestants = append(r.Contestants, row)
 	}
 	return r
@@ -213,23 +212,16 @@ func (g *goal) report(quantities []quantityReport) goalReport {
 	return r
 }
 
-func (r *report) write(w io.Writer, format string) error {
-	if format == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(r)
-	}
-	return r.table(w)
-}
-
-func (r *report) table(w io.Writer) error {
+// Table has the quantities one after the other, and then the goals.
+func (r *report) Table(w io.Writer) error {
 	fmt.Fprintf(w, "Linux %s, core %d, %d rounds of %g s for each load, load average %s.\n", r.Kernel, r.Core, r.Rounds, r.Seconds, r.Load)
 	fmt.Fprintln(w, "nlb has its nftables table, and connections tracked for it unless it says otherwise; all others have neither.")
 	for _, q := range r.Quantities {
-		fmt.Fprintf(w, "\n%s\n%s", q.Name, measure.Columns(q.rows()))
+		if err := measure.WriteSection(w, q.Name, q.rows()); err != nil {
+			return err
+		}
 	}
-	_, err := fmt.Fprintf(w, "\ngoals, as ratios within a round\n%s", measure.Columns(r.goalRows()))
-	return err
+	return measure.WriteSection(w, "goals, as ratios within a round", r.goalRows())
 }
 
 func (q *quantityReport) rows() [][]string {

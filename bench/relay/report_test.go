@@ -131,7 +131,7 @@ goals, as ratios within a round
   rate  HAProxy  >= 1.05  0.900   0.800 .. 1.000  0 of 2  missed, bounded by the generator
 `
 	var b bytes.Buffer
-	if err := r.write(&b, "table"); err != nil {
+	if err := measure.Write(&b, "table", &r); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, b.String()); diff != "" {

@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"nlb/bench/lab"
 	"nlb/bench/measure"
 )
 
@@ -20,11 +19,9 @@ import (
 // the contestant on the balancer's node.
 type site struct {
 	contestant
-	*lab.Topology
-	dir      string
-	balancer measure.Daemon // where there is one
-	meter    meter
-	station  *station
+	measure.Site
+	meter   meter
+	station *station
 }
 
 // newSite builds a contestant's network, which is ready for traffic then.
@@ -37,8 +34,8 @@ func newSite(ctx context.Context, c contestant, o *options) (*site, error) {
 }
 
 func (s *site) build(ctx context.Context, o *options) (err error) {
-	if s.Topology, err = lab.Routed(lab.Options{Targets: 1, Offload: true}); err != nil {
-		return fmt.Errorf("needs network namespaces and veth links: %w", err)
+	if err := s.Build(1); err != nil {
+		return err
 	}
 	if err := s.tune(); err != nil {
 		return err
@@ -78,27 +75,16 @@ func (s *site) close() error {
 	if s.station != nil {
 		s.station.close()
 	}
-	var errs []error
-	if s.Topology != nil {
-		errs = append(errs, s.Topology.Close()) // ends the balancer too
-	}
-	s.balancer.Join()
-	if s.dir != "" {
-		errs = append(errs, os.RemoveAll(s.dir))
-	}
-	return errors.Join(errs...)
+	return s.Close()
 }
 
 // run starts the balancer.
-func (s *site) run(o *options) (err error) {
-	if s.dir, err = os.MkdirTemp("", "nlb-bench-"); err != nil {
-		return err
-	}
+func (s *site) run(o *options) error {
 	cmd, err := s.start(s, o)
 	if err != nil {
 		return err
 	}
-	if err := s.balancer.Start(cmd); err != nil {
+	if err := s.Balancer.Start(cmd); err != nil {
 		return fmt.Errorf("start: %w", err)
 	}
 	return nil
@@ -111,12 +97,12 @@ const startTime = 20 * time.Second
 // await waits until a connection comes through the balancer, with the right
 // header, and the kernel tracks it, or not, as it should.
 func (s *site) await(ctx context.Context) error {
-	err := s.balancer.Await(ctx, startTime, func(context.Context) error { return s.try() })
+	err := s.Balancer.Await(ctx, startTime, func(context.Context) error { return s.try() })
 	switch {
 	case errors.Is(err, measure.ErrEnded):
-		return fmt.Errorf("it has ended: %s", &s.balancer.Log)
+		return fmt.Errorf("it has ended: %s", &s.Balancer.Log)
 	case err != nil:
-		return fmt.Errorf("waited in vain: %w\n%s", err, &s.balancer.Log)
+		return fmt.Errorf("waited in vain: %w\n%s", err, &s.Balancer.Log)
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 const (
@@ -82,9 +83,9 @@ const (
 
 func newStation(s *site) (*station, error) {
 	at := s.Targets[0].Addr4
-	st := &station{version: s.version, client: s.Clients[0].Addr4, to: netip.AddrPortFrom(at, port), buf: make([]byte, 256<<10), epoll: -1}
+	st := &station{version: s.version, client: s.Clients[0].Addr4, to: netip.AddrPortFrom(at, measure.Port), buf: make([]byte, 256<<10), epoll: -1}
 	if s.start != nil {
-		st.to = netip.AddrPortFrom(lab.VIP4, port)
+		st.to = netip.AddrPortFrom(lab.VIP4, measure.Port)
 	}
 	st.name = name(st.to)
 	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
@@ -93,7 +94,7 @@ func newStation(s *site) (*station, error) {
 	}
 	st.epoll = int32(epoll)
 	err = s.Targets[0].Do(func() error {
-		for _, p := range []uint16{port, probePort} { // the kernel answers probes alone
+		for _, p := range []uint16{measure.Port, measure.ProbePort} { // the kernel answers probes alone
 			fd, err := listening(netip.AddrPortFrom(at, p))
 			if err != nil {
 				return err

@@ -1,0 +1,106 @@
+package measure
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"nlb/balancer"
+	"nlb/balancer/control"
+	"nlb/bench/lab"
+)
+
+// Forwarding is how nlb sends on what comes for the VIP: to all targets alike.
+type Forwarding struct {
+	Dataplane string // as in the configuration; empty for nlb's default
+	ClientIP  string // as in the configuration
+	Listeners int    // from Port upwards
+}
+
+// Config is nlb's configuration in this network. Health is found once, at the
+// start.
+func (s *Site) Config(f Forwarding) string {
+	var b strings.Builder
+	if f.Dataplane != "" {
+		fmt.Fprintf(&b, "dataplane: %s\n", f.Dataplane)
+	}
+	fmt.Fprintf(&b, "source_addresses: [%s]\n", s.LB.Addr4)
+	fmt.Fprintf(&b, "vips: [{address: %s, interface: lo}]\n", lab.VIP4)
+	b.WriteString("metrics: {address: \"\"}\nlisteners:\n")
+	for i := range f.Listeners {
+		fmt.Fprintf(&b, "  - {name: bench-%d, vip: %s, protocol: TCP_UDP, port: %d, forward: [{target_group: bench}]}\n", i, lab.VIP4, Port+i)
+	}
+	fmt.Fprintf(&b, "target_groups:\n  - name: bench\n    protocol: TCP_UDP\n    port: %d\n    client_ip: %s\n", Port, f.ClientIP)
+	fmt.Fprintf(&b, "    health_check: {port: %d, interval: 300s}\n    targets:\n", ProbePort)
+	for _, t := range s.Targets {
+		fmt.Fprintf(&b, "      - {address: %s}\n", t.Addr4)
+	}
+	return b.String()
+}
+
+// NLB is the command that runs an nlb with a configuration on the balancer's
+// node. Its life is the network's: Close ends it.
+func (s *Site) NLB(program, config string) (*exec.Cmd, error) {
+	program, err := filepath.Abs(program)
+	if err != nil {
+		return nil, err
+	}
+	file, err := s.Write("nlb.yaml", config)
+	if err != nil {
+		return nil, err
+	}
+	return s.LB.Command(context.Background(), program,
+		"serve", "-c", file, "--state-dir", s.Path("state"), "--socket", s.socket()), nil
+}
+
+func (s *Site) socket() string { return s.Path("nlb.sock") }
+
+// StartNLB starts nlb and returns when it has found every target healthy and the
+// kernel has what the configuration says. It is an error if that takes longer
+// than limit; what nlb has printed is in the error.
+func (s *Site) StartNLB(ctx context.Context, program, config string, limit time.Duration) error {
+	cmd, err := s.NLB(program, config)
+	if err != nil {
+		return err
+	}
+	if err := s.Balancer.Start(cmd); err != nil {
+		return fmt.Errorf("start nlb: %w", err)
+	}
+	client := control.NewClient(s.socket())
+	err = s.Balancer.Await(ctx, limit, func(ctx context.Context) error {
+		status, err := client.Status(ctx)
+		if err != nil {
+			return err
+		}
+		return forwards(status)
+	})
+	switch {
+	case errors.Is(err, ErrEnded):
+		return fmt.Errorf("nlb serve has ended: %s", &s.Balancer.Log)
+	case err != nil:
+		return fmt.Errorf("waited in vain for nlb: %w\n%s", err, &s.Balancer.Log)
+	}
+	return nil
+}
+
+// forwards says what is missing until the kernel forwards to all targets.
+func forwards(s *control.Status) error {
+	for _, g := range s.TargetGroups {
+		for _, t := range g.Targets {
+			if t.State != balancer.Healthy || t.EffectiveWeight != t.Weight {
+				return fmt.Errorf("%s is %s: %s", t.AddrPort(), t.State, t.Description)
+			}
+		}
+	}
+	switch {
+	case s.Apply.Error != "":
+		return errors.New(s.Apply.Error)
+	case s.Apply.ConvergedAt.IsZero():
+		return errors.New("the configuration is not in force yet")
+	}
+	return nil
+}

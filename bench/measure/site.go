@@ -1,0 +1,67 @@
+package measure
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"nlb/bench/lab"
+)
+
+// What the sites have in common, so that they differ in what is measured alone.
+const (
+	Port      = 80   // of the VIP and of the targets
+	ProbePort = 8080 // of the targets, for health checks
+)
+
+// A Site is a network and what is in it: the program on the balancer's node, if
+// there is one, with a folder for its files. The zero Site is empty.
+type Site struct {
+	*lab.Topology
+	Balancer Daemon
+	dir      string
+}
+
+// Build makes the network, with one client, a router and so many targets, and
+// the folder. After an error too, the site is to be closed.
+func (s *Site) Build(targets int) (err error) {
+	if s.Topology, err = lab.Routed(lab.Options{Targets: targets, Offload: true}); err != nil {
+		return fmt.Errorf("needs network namespaces and veth links: %w", err)
+	}
+	s.dir, err = os.MkdirTemp("", "nlb-bench-")
+	return err
+}
+
+// Close removes the network and all in it, complete or not.
+func (s *Site) Close() error {
+	var errs []error
+	if s.Topology != nil {
+		errs = append(errs, s.Topology.Close()) // ends the balancer too
+	}
+	s.Balancer.Join()
+	if s.dir != "" {
+		errs = append(errs, os.RemoveAll(s.dir))
+	}
+	return errors.Join(errs...)
+}
+
+// Path is a file's in the site's folder; of "", the folder's own.
+func (s *Site) Path(name string) string { return filepath.Join(s.dir, name) }
+
+// Write makes a file in the site's folder, which its owner alone may read.
+func (s *Site) Write(name, text string) (path string, err error) {
+	path = s.Path(name)
+	return path, os.WriteFile(path, []byte(text), 0o600)
+}
+
+// Expand writes this network's addresses for VIP, T0, T1 and so on, which are
+// the targets. More than ten have no such names.
+func (s *Site) Expand(text string) string {
+	names := []string{"VIP", lab.VIP4.String()}
+	for i, t := range s.Targets {
+		names = append(names, fmt.Sprint("T", i), t.Addr4.String())
+	}
+	return strings.NewReplacer(names...).Replace(text)
+}
