@@ -16,7 +16,8 @@ import (
 
 // terminateFor is how long the flows of a target that is cut off are answered
 // with resets: three prompts that each take a slow client's round trip, as long
-// again for a busy host, and more where the Sweeper asks for it.
+// again for a busy host, and then the same again until the Sweeper says that there
+// are none.
 const terminateFor = 5 * time.Second
 
 // A Drain is the deregistration of one target. It takes no new flows from Since

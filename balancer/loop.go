@@ -28,7 +28,8 @@ type loop struct {
 	// See View.
 	failOpen map[string]FailOpenState
 	leftover map[TargetKey]time.Time
-	// terminating has the targets whose flows the kernel ends.
+	// terminating has the targets whose flows the kernel ends, and whether none
+	// are left.
 	terminating map[TargetKey]bool
 	routes      map[netip.Addr]Route // nil before the first look
 
@@ -119,11 +120,16 @@ func (l *loop) receive(ctx context.Context, in inbox) {
 			l.driftAt = l.restUntil
 		}
 	}
-	if l.spec == nil || (in.health == nil && in.leftover == nil && in.holds == nil) {
+	if l.spec == nil {
 		return
 	}
 	for _, k := range in.leftover {
 		l.leftover[k] = time.Now()
+	}
+	for _, k := range in.ended {
+		if _, terminates := l.terminating[k]; terminates {
+			l.terminating[k] = true
+		}
 	}
 	news := l.learn(in.health)
 	if in.holds != nil {
@@ -319,7 +325,7 @@ func (l *loop) pass(ctx context.Context, look bool) {
 // each look: a disk that fails must not stand in the way of each verdict.
 func (l *loop) tidy(now time.Time, look bool) {
 	l.holds = l.holds.current(l.spec, now)
-	maps.DeleteFunc(l.leftover, func(_ TargetKey, at time.Time) bool { return !now.Before(at.Add(terminateFor)) })
+	l.tidyLeftover(now)
 	next, changed := l.drains.settle(l.view(now))
 	if !changed && !(l.unkept && look) {
 		return
@@ -329,6 +335,22 @@ func (l *loop) tidy(now time.Time, look bool) {
 			l.log.Error("a drain that is over will be found again after a restart", zap.Error(err))
 		}
 		l.drains, l.unkept = next, true
+	}
+}
+
+// tidyLeftover forgets the targets whose time is over, and gives those more that
+// still have flows: once a target is not installed any more, nobody can tell which
+// flows were its.
+func (l *loop) tidyLeftover(now time.Time) {
+	for k, at := range l.leftover {
+		if now.Before(at.Add(terminateFor)) {
+			continue
+		}
+		if ended, terminates := l.terminating[k]; terminates && !ended && l.swept.Load() {
+			l.leftover[k] = now
+		} else {
+			delete(l.leftover, k)
+		}
 	}
 }
 
@@ -447,10 +469,11 @@ func (l *loop) noteTerminating(done outcome, now time.Time) {
 				continue
 			}
 			key := t.key(g.Name)
-			next[key] = true
-			if !l.terminating[key] {
+			ended, already := l.terminating[key]
+			if !already {
 				l.leftover[key] = now
 			}
+			next[key] = ended
 		}
 	}
 	l.terminating = next

@@ -85,6 +85,7 @@ type Reconciler struct {
 	stopped   chan struct{} // closed when Run returns
 	snapshot  atomic.Pointer[Snapshot]
 	changing  atomic.Bool // the kernel may hold something else than the snapshot says
+	swept     atomic.Bool // there is a Sweeper, and flows take as long to end as it says
 
 	mu    sync.Mutex
 	inbox inbox // mu
@@ -94,6 +95,7 @@ type Reconciler struct {
 type inbox struct {
 	health   map[TargetKey]Health
 	leftover []TargetKey
+	ended    []TargetKey
 	holds    Holds
 	drift    bool
 }
@@ -212,6 +214,14 @@ func (r *Reconciler) SetHealth(found map[TargetKey]Health) {
 // leftover tells of targets that have flows although they should have none.
 func (r *Reconciler) leftover(keys []TargetKey) {
 	r.tell(func(in *inbox) { in.leftover = append(in.leftover, keys...) })
+}
+
+// ended tells of targets that terminate and have no flows any more.
+func (r *Reconciler) ended(keys []TargetKey) {
+	if len(keys) == 0 {
+		return
+	}
+	r.tell(func(in *inbox) { in.ended = append(in.ended, keys...) })
 }
 
 // hold keeps targets from new flows.

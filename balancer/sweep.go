@@ -19,10 +19,6 @@ const (
 	lookEvery = 50 * time.Millisecond
 	// forgetAfter leaves a slow client a round trip for the last one.
 	forgetAfter = 2500 * time.Millisecond
-	// forgetSpare is how long before a target's time is over its last flows must
-	// be about to be forgotten, or more time is asked for: each look at the flows
-	// of a busy host takes a second or so.
-	forgetSpare = time.Second
 	// pruneEvery is how often all flows are judged when nothing changed.
 	pruneEvery = 30 * time.Second
 	// sweepRetry is the pause after a failure.
@@ -46,8 +42,11 @@ type Sweeper struct {
 	ending    current[map[TargetKey]bool]
 	staleness current[*staleness]
 	judged    *staleness // all flows were judged by it
-	prune     time.Time  // when to judge again in any case
-	vips      map[netip.Addr]bool
+	// missed says that there may be entries of relayed connections from a time
+	// before these were untracked; see leftTracked.
+	missed bool
+	prune  time.Time // when to judge again in any case
+	vips   map[netip.Addr]bool
 }
 
 // A cut is a target whose flows are being ended.
@@ -70,6 +69,7 @@ func (f Flow) ends() flowEnds { return flowEnds{f.Client, f.VIP} }
 
 // NewSweeper returns a Sweeper that does what r's snapshots say.
 func NewSweeper(r *Reconciler, flows FlowTable, log *zap.Logger) *Sweeper {
+	r.swept.Store(true)
 	s := &Sweeper{reconciler: r, flows: flows, log: log, cuts: make(map[TargetKey]*cut), vips: make(map[netip.Addr]bool)}
 	s.ending = current[map[TargetKey]bool]{reconciler: r, derive: terminating}
 	s.staleness = current[*staleness]{reconciler: r, derive: s.stalenessOf}
@@ -94,8 +94,10 @@ func (s *Sweeper) stalenessOf(snapshot *Snapshot) *staleness {
 	for _, a := range table.VIPs {
 		s.vips[a] = true
 	}
-	before := s.judged != nil && s.judged.untracked
-	return newStaleness(snapshot.Desired, maps.Clone(s.vips), table.UntrackedRelay || before)
+	if table.UntrackedRelay && (s.judged == nil || !s.judged.untracked) {
+		s.missed = true
+	}
+	return newStaleness(snapshot.Desired, maps.Clone(s.vips), table.UntrackedRelay || s.missed)
 }
 
 // Run sweeps after each pass of the Reconciler that changed something, until
@@ -146,6 +148,9 @@ func (s *Sweeper) sweep(ctx context.Context, snapshot *Snapshot, now time.Time) 
 	}
 	// If it changed meanwhile, those that were looked at first are judged again.
 	s.judged, s.prune = begun, now.Add(pruneEvery)
+	if last, _ := s.staleness.get(); last == begun {
+		s.missed = false
+	}
 	s.findLeftover(ctx, snapshot.Groups)
 	return min(wait, pruneEvery)
 }
@@ -182,31 +187,16 @@ func (s *Sweeper) cut(ctx context.Context, groups []TargetGroupStatus, now time.
 		s.step(ctx, due, now)
 	}
 	wait := pruneEvery
-	for _, c := range going {
-		if !c.done {
+	var ended []TargetKey
+	for key, c := range going {
+		if c.done {
+			ended = append(ended, key)
+		} else {
 			wait = min(wait, max(0, c.next().Sub(now)))
 		}
 	}
-	s.askForTime(groups)
+	s.reconciler.ended(ended)
 	return wait
-}
-
-// askForTime has the kernel go on ending flows of targets that were begun with
-// late, or whose flows could not be forgotten: once a target is not installed any
-// more, nobody can tell which were its.
-func (s *Sweeper) askForTime(groups []TargetGroupStatus) {
-	var late []TargetKey
-	for _, g := range groups {
-		for _, t := range g.Targets {
-			c := s.cuts[t.key(g.Name)]
-			if c != nil && !c.done && t.TerminateUntil.Before(c.end().Add(forgetSpare)) {
-				late = append(late, t.key(g.Name))
-			}
-		}
-	}
-	if len(late) > 0 {
-		s.reconciler.leftover(late)
-	}
 }
 
 // step prompts the targets' flows, forgets those whose ends were both told, and

@@ -247,12 +247,15 @@ func TestDrainedFlowsAreForgottenHoweverLate(t *testing.T) {
 		}, "59.5s forget"},
 		{"a look at all flows takes until there is little time left", func(t *testing.T, r *Reconciler, w *flowWorld) {
 			w.set(func() { w.first["prune"] = func() { time.Sleep(terminateFor) } })
-			other := minuteSpec(3)
-			other.Listeners[0].Port++
-			if err := r.SetSpec(t.Context(), other); err != nil {
-				t.Error(err)
-			}
+			lookAtAll(t, r)
 		}, "6.7s forget"}, // that look, a rest, and as long as always
+		{"a look at all flows comes between the prompts and takes long", func(t *testing.T, r *Reconciler, w *flowWorld) {
+			w.set(func() { w.first["prune"] = func() { time.Sleep(2 * terminateFor) } })
+			time.AfterFunc(1500*time.Millisecond, func() { lookAtAll(t, r) })
+		}, "10.7s forget"}, // that look, and a rest
+		{"the last look at its flows takes long", func(_ *testing.T, _ *Reconciler, w *flowWorld) {
+			time.AfterFunc(3*time.Second, func() { w.set(func() { w.first["forget"] = func() { time.Sleep(2 * terminateFor) } }) })
+		}, "12.5s forget"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			sweeping(t, minuteSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
@@ -274,6 +277,60 @@ func TestDrainedFlowsAreForgottenHoweverLate(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// lookAtAll changes what all flows are judged by.
+func lookAtAll(t *testing.T, r *Reconciler) {
+	t.Helper()
+	other := minuteSpec(3)
+	other.Listeners[0].Port++
+	setSpec(t, r, other)
+}
+
+// Who has relayed connections untracked and thinks better of it before all flows
+// were looked at leaves entries behind that have missed packets.
+func TestEntriesThatMissedPacketsGo(t *testing.T) {
+	spec := func(untracked bool) *Spec {
+		spec := minuteSpec(3)
+		spec.TargetGroups[0].ClientIP, spec.UntrackedRelay = ProxyProtocolV2, untracked
+		return spec
+	}
+	for _, c := range []struct {
+		name string
+		want []string
+		then func(t *testing.T, r *Reconciler, w *flowWorld)
+	}{
+		{"always tracked", nil, func(*testing.T, *Reconciler, *flowWorld) {}},
+		{"untracked", []string{"prune 1"}, func(t *testing.T, r *Reconciler, _ *flowWorld) { setSpec(t, r, spec(true)) }},
+		{"tracked again while all flows are looked at", []string{"prune 1"}, func(t *testing.T, r *Reconciler, w *flowWorld) {
+			w.set(func() { w.first["prune"] = func() { setSpec(t, r, spec(false)) } })
+			setSpec(t, r, spec(true))
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			sweeping(t, spec(false), func(t *testing.T, r *Reconciler, w *flowWorld) {
+				one := webKey("10.0.1.11")
+				relayed := flowTo(ProtoTCP, one, 1)
+				relayed.Target = relayed.VIP
+				w.set(func() { w.flows[one] = []Flow{relayed} })
+				c.then(t, r, w)
+				pause(time.Minute)
+				for i, s := range w.did {
+					_, w.did[i], _ = strings.Cut(s, " ")
+				}
+				if diff := cmp.Diff(c.want, w.did); diff != "" {
+					t.Error(diff)
+				}
+			})
+		})
+	}
+}
+
+func setSpec(t *testing.T, r *Reconciler, spec *Spec) {
+	t.Helper()
+	if err := r.SetSpec(t.Context(), spec); err != nil {
+		t.Error(err)
 	}
 }
 
