@@ -23,7 +23,7 @@ type loop struct {
 	key    HashKey
 	health HealthView
 	drains Drains
-	unkept bool // drains are not written down, which was said
+	unkept bool // drains are not written down
 	holds  Holds
 	// See View.
 	failOpen map[string]FailOpenState
@@ -447,7 +447,7 @@ func (l *loop) settle(done outcome) {
 		l.failOpen[g.Name] = g.FailOpen
 	}
 	if done.err != nil {
-		l.failed(done.err, now)
+		l.failed(done.err, done.held, now)
 	} else {
 		l.succeeded(done, now)
 	}
@@ -487,10 +487,14 @@ func (l *loop) noteLatency(now time.Time) {
 	clear(l.unapplied)
 }
 
-func (l *loop) failed(err error, now time.Time) {
+func (l *loop) failed(err error, held bool, now time.Time) {
 	if l.failures == 0 {
 		l.failing = now
-		l.log.Error("cannot make the kernel hold the configuration, trying on", zap.Error(err))
+		what := "cannot make the kernel hold the configuration, trying on"
+		if held {
+			what = "the configuration is in force by what was known before, trying on"
+		}
+		l.log.Error(what, zap.Error(err))
 	}
 	l.failures++
 	l.counts.Failures++

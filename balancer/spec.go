@@ -1,6 +1,7 @@
 package balancer
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"time"
@@ -198,10 +199,7 @@ type TargetGroup struct {
 
 // ClientIPOf is how the client's address travels to one of g's targets.
 func (g *TargetGroup) ClientIPOf(t Target) ClientIP {
-	if t.ClientIP != 0 {
-		return t.ClientIP
-	}
-	return g.ClientIP
+	return cmp.Or(t.ClientIP, g.ClientIP)
 }
 
 // DeregistrationDelay is what happens to the flows of a target that leaves.

@@ -1,6 +1,7 @@
 package balancer
 
 import (
+	"cmp"
 	"net/netip"
 	"time"
 )
@@ -92,10 +93,7 @@ type Destination struct {
 
 // ClientIPOf is how the client's address travels to one of p's destinations.
 func (p *Pool) ClientIPOf(d *Destination) ClientIP {
-	if d.ClientIP != 0 {
-		return d.ClientIP
-	}
-	return p.ClientIP
+	return cmp.Or(d.ClientIP, p.ClientIP)
 }
 
 // Relays reports whether the relay makes connections to any of p's destinations.

@@ -354,6 +354,10 @@ func TestLoad(t *testing.T) {
 			if got.File != path {
 				t.Errorf("file %s, want %s", got.File, path)
 			}
+			dataplane := map[string]balancer.Dataplane{"ipvs": balancer.IPVS, "auto": balancer.NFTables}[want.Dataplane]
+			if got.Spec.Dataplane != dataplane {
+				t.Errorf("dataplane %v of %s", got.Spec.Dataplane, want.Dataplane)
+			}
 		})
 	}
 }

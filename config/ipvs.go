@@ -36,10 +36,11 @@ func (c *checker) checkShared(l *rawListener) {
 		}
 		for j := range g.Targets {
 			t := &g.Targets[j]
-			if !t.Address.OK || !t.forwarded(g) || l.VIP.OK && !sameFamily(t.Address.V, l.VIP.V) {
+			port := t.port(g)
+			if !t.Address.OK || port == 0 || !t.forwarded(g) || l.VIP.OK && !sameFamily(t.Address.V, l.VIP.V) {
 				continue
 			}
-			at := netip.AddrPortFrom(t.Address.V, t.port(g))
+			at := netip.AddrPortFrom(t.Address.V, port)
 			if first, ok := of[at]; ok && first != g.Name.V {
 				c.r.add(f.TargetGroup.place, fmt.Sprintf("%s is a target of %s too, and IPVS has a destination once in a service", at, quote(first)),
 					"other targets, or dataplane: nftables")

@@ -10,7 +10,14 @@ import (
 
 // spec is what a file without problems asks for, in the order of the file.
 func (f *rawFile) spec() *balancer.Spec {
+	// Auto is nftables: that does all that a file can ask for, and IPVS needs it
+	// too, so that no kernel has only the other.
+	dataplane := balancer.NFTables
+	if f.Dataplane.V == balancer.IPVS.String() {
+		dataplane = balancer.IPVS
+	}
 	return &balancer.Spec{
+		Dataplane:       dataplane,
 		SourceAddresses: each(f.SourceAddresses, (*rawAddress).value),
 		UntrackedRelay:  !f.Relay.Conntrack.V,
 		VIPs: each(f.VIPs, func(v *rawVIP) balancer.VIP {

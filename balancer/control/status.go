@@ -30,9 +30,12 @@ type Counts struct {
 type Apply struct {
 	// Generation counts the configurations that were put in force.
 	Generation uint64 `json:"generation"`
-	// Error is why the kernel does not hold the configuration; empty when it does.
+	// Held says that the kernel holds the configuration.
+	Held bool `json:"held"`
+	// Error is why it does not, or that it follows routes of some time ago, since
+	// there are no others; else empty.
 	Error string `json:"error"`
-	// ConvergedAt is when the kernel was last seen to hold it; absent: never.
+	// ConvergedAt is when the last pass without an error ended; absent: never.
 	ConvergedAt time.Time `json:"converged_at,omitzero"`
 	// TookSeconds is how long that pass took.
 	TookSeconds float64 `json:"took_seconds"`
@@ -153,6 +156,7 @@ func NewStatus(s *balancer.Snapshot, counted Counts, uncounted error) *Status {
 		Dataplane: s.Spec.Dataplane.String(),
 		Apply: Apply{
 			Generation:        s.Generation,
+			Held:              s.Held,
 			Error:             errorText(s.Err),
 			ConvergedAt:       s.Converged.UTC(),
 			TookSeconds:       s.Took.Seconds(),

@@ -29,7 +29,7 @@ func newClear() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "clear",
 		Short: "Remove everything of ours from the kernel",
-		Long: `clear removes our rules and VIPs, gives back the sysctls we set, and prints what it
+		Long: `clear removes our rules, virtual services and VIPs, gives back the sysctls we set, and prints what it
 did. Flows through the balancer end, so that the state folder's list of registered
 targets, targets.json, goes too: a later start has none to drain. The rest of the
 folder stays, and so does what others installed.`,

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -126,10 +127,9 @@ func (t tally) Outcomes(ctx context.Context) (map[balancer.TargetKey]balancer.Ou
 // they have no flows would be wrong.
 func uncountRelayed(status *control.Status) {
 	for _, g := range status.TargetGroups {
-		group := balancer.TargetGroup{ClientIP: g.ClientIP}
 		for i := range g.Targets {
 			t := &g.Targets[i]
-			if group.ClientIPOf(balancer.Target{ClientIP: t.ClientIP}) == balancer.ProxyProtocolV2 {
+			if cmp.Or(t.ClientIP, g.ClientIP) == balancer.ProxyProtocolV2 {
 				t.ActiveFlows, t.NewFlowsTotal, t.BytesTotal = nil, nil, nil
 			}
 		}

@@ -52,7 +52,7 @@ func (d *daemon) Reload(ctx context.Context) error {
 	defer d.reloading.Unlock()
 	tellReloading(d.log)
 	defer tell(d.log, sd.SdNotifyReady)
-	cfg, err := load(d.path, d.flags)
+	cfg, err := config.Load(d.path, d.flags)
 	if err != nil {
 		return err
 	}
@@ -63,10 +63,10 @@ func (d *daemon) Reload(ctx context.Context) error {
 	if s := d.reconciler.Snapshot(); s != nil {
 		inForce = s.Spec
 	}
-	logDataplaneNotes(d.log, inForce, cfg.Spec)
 	if err := d.reconciler.SetSpec(context.WithoutCancel(ctx), cfg.Spec); err != nil {
 		return err
 	}
+	logDataplaneNotes(d.log, inForce, cfg.Spec)
 	d.checks.set(cfg.Spec)
 	d.adopt(cfg.Settings)
 	return nil

@@ -38,7 +38,7 @@ Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
 			if err != nil {
 				return err
 			}
-			cfg, err := load(path, cmd.Flags())
+			cfg, err := config.Load(path, cmd.Flags())
 			if err != nil {
 				return err
 			}

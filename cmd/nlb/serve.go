@@ -15,6 +15,7 @@ import (
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/config"
 )
 
 func newServe() *cobra.Command {
@@ -44,7 +45,7 @@ forwarding; nlb clear ends that too.`,
 
 // serve runs the daemon until ctx ends.
 func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string, stderr io.Writer) (err error) {
-	cfg, err := load(path, flags)
+	cfg, err := config.Load(path, flags)
 	if err != nil {
 		return err
 	}
@@ -73,7 +74,7 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	if err := k.supports(cfg.Spec); err != nil {
 		return err
 	}
-	if cfg.Dataplane == dataplaneAuto {
+	if cfg.Dataplane == "auto" {
 		log.Info("dataplane nftables was chosen: it does all that a file can ask for", zap.NamedError("ipvs", k.ipvs.Probe()))
 	}
 	logDataplaneNotes(log, nil, cfg.Spec)

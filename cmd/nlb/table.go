@@ -34,13 +34,15 @@ func renderApply(b *bytes.Buffer, s *control.Status, now time.Time) {
 	switch {
 	case s.Apply.Error == "":
 		fmt.Fprintf(b, "in force as of %s ago\n", age(now, s.Apply.ConvergedAt))
+	case s.Apply.Held:
+		fmt.Fprintf(b, "in force, by what was known before\nERROR: %s\n", s.Apply.Error)
 	case s.Apply.ConvergedAt.IsZero():
 		fmt.Fprintf(b, "NEVER IN FORCE\nERROR: %s\n", s.Apply.Error)
 	default:
 		fmt.Fprintf(b, "NOT IN FORCE since %s ago\nERROR: %s\n", age(now, s.Apply.ConvergedAt), s.Apply.Error)
 	}
 	if s.Apply.CountersError != "" {
-		fmt.Fprintf(b, "NO COUNTERS: %s\n", s.Apply.CountersError)
+		fmt.Fprintf(b, "COUNTERS: %s\n", s.Apply.CountersError)
 	}
 }
 

@@ -77,7 +77,9 @@ func TestRenderTrouble(t *testing.T) {
 		{"no longer", control.Apply{Generation: 1, Error: "plan nftables: busy", ConvergedAt: now.Add(-time.Minute)},
 			"nftables, configuration 1, NOT IN FORCE since 1m00s ago\nERROR: plan nftables: busy\n"},
 		{"uncounted", control.Apply{Generation: 1, ConvergedAt: now, CountersError: "accounting is off"},
-			"nftables, configuration 1, in force as of 0s ago\nNO COUNTERS: accounting is off\n"},
+			"nftables, configuration 1, in force as of 0s ago\nCOUNTERS: accounting is off\n"},
+		{"routes of earlier", control.Apply{Generation: 1, Held: true, Error: "find the routes to the targets: busy", ConvergedAt: now.Add(-time.Minute)},
+			"nftables, configuration 1, in force, by what was known before\nERROR: find the routes to the targets: busy\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var got bytes.Buffer

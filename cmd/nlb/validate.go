@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
+
+	"nlb/config"
 )
 
 func newValidate() *cobra.Command {
@@ -16,7 +18,7 @@ func newValidate() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			cfg, err := load(path, cmd.Flags())
+			cfg, err := config.Load(path, cmd.Flags())
 			if err != nil {
 				return err
 			}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/config"
 	"nlb/proxyproto/verify"
 )
 
@@ -50,7 +51,7 @@ Exit codes: 0 no target refuses or is unreachable, 1 one does, 2 usage error.`,
 			if err != nil {
 				return err
 			}
-			cfg, err := load(path, cmd.Flags())
+			cfg, err := config.Load(path, cmd.Flags())
 			if err != nil {
 				return err
 			}
