@@ -38,7 +38,7 @@ type loop struct {
 	unregistered bool  // that Register fails was said
 
 	held     *Desired  // the kernel was last seen to hold it; nil: unknown
-	heldAt   time.Time // when that was seen which the kernel held last
+	lastHeld time.Time // see View
 	counts   Snapshot  // what is carried from one Snapshot to the next
 	failures int       // passes that failed since the last that did not
 	failing  time.Time
@@ -222,7 +222,7 @@ func (l *loop) keep(drains Drains) error {
 }
 
 func (l *loop) writeDown(drains Drains) error {
-	if err := l.remember(drains); err != nil {
+	if err := l.keepDrains(drains); err != nil {
 		return fmt.Errorf("write down which targets drain: %w", err)
 	}
 	l.drains, l.unkept = drains, false
@@ -257,7 +257,7 @@ func (l *loop) exchange(registered *Spec) error {
 			return err
 		}
 	}
-	return l.register(registered)
+	return l.keepRegistered(registered)
 }
 
 func (l *loop) drain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
@@ -324,7 +324,7 @@ func (l *loop) pass(ctx context.Context, look bool) {
 // tidy forgets what is over. What could not be written down is tried again with
 // each look: a disk that fails must not stand in the way of each verdict.
 func (l *loop) tidy(now time.Time, look bool) {
-	l.holds = l.holds.current(l.spec, now)
+	l.holds = l.holds.current(l.spec, l.known, now)
 	l.tidyLeftover(now)
 	next, changed := l.drains.settle(l.view(now))
 	if !changed && !(l.unkept && look) {
@@ -391,7 +391,7 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 	l.changing.Store(true)
 	err := Converge(ctx, l.parts, done.want, func(p PartPlan) { l.wrote(p, repair()) })
 	if err == nil {
-		l.held, l.heldAt, done.held = done.want, seen.Now, true
+		l.held, l.lastHeld, done.held = done.want, seen.Now, true
 	}
 	// Yesterday's routes carry today's health, but they are to be found again.
 	done.err = errors.Join(err, lost)
@@ -412,7 +412,7 @@ func (l *loop) findRoutes(ctx context.Context, spec *Spec) (map[netip.Addr]Route
 func (l *loop) view(now time.Time) View {
 	return View{
 		Key: l.key, Health: l.health, Drains: l.drains, Holds: l.holds, Routes: l.routes,
-		FailOpen: l.failOpen, Leftover: l.leftover, Held: l.heldAt, Now: now,
+		FailOpen: l.failOpen, Leftover: l.leftover, LastHeld: l.lastHeld, Now: now,
 	}
 }
 

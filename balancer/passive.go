@@ -200,13 +200,12 @@ func (h Holds) with(more Holds, known map[TargetKey]bool) Holds {
 }
 
 // current are the holds that still mean something: those of targets that are
-// judged, until nothing follows from them.
-func (h Holds) current(spec *Spec, now time.Time) Holds {
+// judged, until nothing follows from them. Known are spec's targets.
+func (h Holds) current(spec *Spec, known map[TargetKey]bool, now time.Time) Holds {
 	if len(h) == 0 {
 		return h
 	}
 	next := maps.Clone(h)
-	known := targetKeys(spec)
 	maps.DeleteFunc(next, func(k TargetKey, hold Hold) bool {
 		if !known[k] {
 			return true

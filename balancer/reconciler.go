@@ -75,17 +75,17 @@ type Reconciler struct {
 	resync time.Duration
 	start  loop // Run takes it over
 
-	remember  func(Drains) error
-	register  func(*Spec) error
-	requests  chan request
-	wake      chan struct{} // holds one: there is something in the inbox
-	attempted chan struct{} // closed after the first pass
-	converged chan struct{} // closed after the first pass without an error
-	passed    chan struct{} // holds one: there is a new snapshot
-	stopped   chan struct{} // closed when Run returns
-	snapshot  atomic.Pointer[Snapshot]
-	changing  atomic.Bool // the kernel may hold something else than the snapshot says
-	swept     atomic.Bool // there is a Sweeper, and flows take as long to end as it says
+	keepDrains     func(Drains) error
+	keepRegistered func(*Spec) error
+	requests       chan request
+	wake           chan struct{} // holds one: there is something in the inbox
+	attempted      chan struct{} // closed after the first pass
+	converged      chan struct{} // closed after the first pass without an error
+	passed         chan struct{} // holds one: there is a new snapshot
+	stopped        chan struct{} // closed when Run returns
+	snapshot       atomic.Pointer[Snapshot]
+	changing       atomic.Bool // the kernel may hold something else than the snapshot says
+	swept          atomic.Bool // there is a Sweeper, and flows take as long to end as it says
 
 	mu    sync.Mutex
 	inbox inbox // mu
@@ -126,7 +126,7 @@ func NewReconciler(o Options) *Reconciler {
 	known := o.Drains.overdue(now)
 	drains := known
 	if o.Spec != nil {
-		drains = known.Follow(o.Registered, o.Spec, now)
+		drains = o.Drains.Restart(o.Registered, o.Spec, now)
 	}
 	return &Reconciler{
 		parts:  o.Parts,
@@ -135,18 +135,18 @@ func NewReconciler(o Options) *Reconciler {
 		resync: o.Resync,
 		start: loop{
 			spec: o.Spec, key: o.Key, health: health, holds: maps.Clone(o.Holds), drains: drains, leftover: make(map[TargetKey]time.Time),
-			heldAt: now.Add(-1), // what is overdue since a time without a daemon is due now
-			unkept: !reflect.DeepEqual(drains, known), registered: o.Registered,
+			lastHeld: now.Add(-1), // what is overdue since a time without a daemon is due now
+			unkept:   !reflect.DeepEqual(drains, known), registered: o.Registered,
 			unapplied: make(map[TargetKey]time.Time),
 		},
-		remember:  o.KeepDrains,
-		register:  o.KeepRegistered,
-		passed:    make(chan struct{}, 1),
-		requests:  make(chan request),
-		wake:      make(chan struct{}, 1),
-		attempted: make(chan struct{}),
-		converged: make(chan struct{}),
-		stopped:   make(chan struct{}),
+		keepDrains:     o.KeepDrains,
+		keepRegistered: o.KeepRegistered,
+		passed:         make(chan struct{}, 1),
+		requests:       make(chan request),
+		wake:           make(chan struct{}, 1),
+		attempted:      make(chan struct{}),
+		converged:      make(chan struct{}),
+		stopped:        make(chan struct{}),
 	}
 }
 

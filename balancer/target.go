@@ -22,16 +22,17 @@ type View struct {
 	// Leftover has the targets whose flows were found, or began to be ended,
 	// later than their state says, and when.
 	Leftover map[TargetKey]time.Time
-	// Held is when that was seen which the kernel holds; zero where nobody knows.
-	Held time.Time
-	Now  time.Time
+	// LastHeld is when the state was seen that the kernel was last brought to; zero
+	// where nobody knows.
+	LastHeld time.Time
+	Now      time.Time
 }
 
 // endsFrom is when flows of a target begin to be ended that should be from some
 // time on. That is now if the kernel holds nothing that was seen since: however
 // late a pass is, it must not miss what was due.
 func (v View) endsFrom(k TargetKey, from time.Time) time.Time {
-	if !v.Held.IsZero() && from.After(v.Held) {
+	if !v.LastHeld.IsZero() && from.After(v.LastHeld) {
 		return later(from, v.Now)
 	}
 	return later(from, v.Leftover[k])
