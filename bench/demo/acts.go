@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 // A way is a protocol over a family.
@@ -278,18 +279,15 @@ func restart(ctx context.Context, s *scene, out *screen) (failed []string, err e
 		return nil, err
 	}
 	begun := time.Now()
-	if err := s.start(); err != nil {
-		return nil, err
-	}
-	if err := s.wait(ctx, "nlb to be back", inForce); err != nil {
+	if err := s.serve(ctx, measure.InForce); err != nil {
 		return nil, err
 	}
 	back := time.Since(begun)
-	first, err := s.status(ctx)
+	first, err := s.Status(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.wait(ctx, "every target to be healthy again", allHealthy); err != nil {
+	if err := s.AwaitNLB(ctx, timeout, measure.Forwards); err != nil {
 		return nil, err
 	}
 	again, err := check(ctx, held)

@@ -80,7 +80,7 @@ func show(ctx context.Context, program string, out *screen) (failed []string, er
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, s.close()) }()
+	defer func() { err = errors.Join(err, s.Close()) }()
 	out.opening(s)
 	for _, act := range []func(context.Context, *scene, *screen) ([]string, error){modes, hairpin, spread, restart} {
 		missed, err := act(ctx, s, out)

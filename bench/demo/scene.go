@@ -7,16 +7,13 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
-	"time"
 
-	"nlb/balancer"
 	"nlb/balancer/control"
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 // The ports of the VIPs. All but the last have a target group each, by mode.
@@ -48,60 +45,45 @@ const (
 
 // A scene is the network with nlb in it.
 type scene struct {
-	*lab.Topology
-	dir     string
+	measure.Site
 	program string
-	daemon  *daemon
 }
 
 // newScene builds the network, starts targets and nlb, and returns when nlb
 // forwards and has found all targets healthy.
-func newScene(ctx context.Context, program string) (s *scene, err error) {
-	if program, err = filepath.Abs(program); err != nil {
-		return nil, err
+func newScene(ctx context.Context, program string) (*scene, error) {
+	s := &scene{program: program}
+	if err := s.build(ctx); err != nil {
+		return nil, errors.Join(err, s.Close())
 	}
-	dir, err := os.MkdirTemp("", "nlb-demo-")
-	if err != nil {
-		return nil, err
-	}
-	s = &scene{dir: dir, program: program}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.close())
-		}
-	}()
-	if s.Topology, err = lab.Routed(lab.Options{Targets: len(weights)}); err != nil {
-		return s, fmt.Errorf("needs network namespaces and veth links: %w", err)
+	return s, nil
+}
+
+func (s *scene) build(ctx context.Context) error {
+	if err := s.Build(lab.Options{Targets: len(weights)}); err != nil {
+		return err
 	}
 	for _, t := range s.Targets {
 		if _, err := t.Agent().Serve(ctx, lab.Serve{Ports: []uint16{targetPort}}); err != nil {
-			return s, err
+			return err
 		}
 		if _, err := t.Agent().Serve(ctx, lab.Serve{Ports: []uint16{headerPort}, Networks: []string{"tcp"}, Proxy: true}); err != nil {
-			return s, err
+			return err
 		}
 	}
-	if err := os.WriteFile(s.path("nlb.yaml"), []byte(s.config()), 0o600); err != nil {
-		return s, err
-	}
-	if err := s.start(); err != nil {
-		return s, err
-	}
-	return s, s.wait(ctx, "nlb to find every target healthy", allHealthy)
+	return s.serve(ctx, measure.Forwards)
 }
 
-func (s *scene) path(name string) string { return filepath.Join(s.dir, name) }
-
-// close removes everything, whether or not the scene was complete.
-func (s *scene) close() error {
-	var errs []error
-	if s.Topology != nil {
-		errs = append(errs, s.Close()) // ends the daemon too
+// serve starts nlb and returns when its status is as it should be.
+func (s *scene) serve(ctx context.Context, holds func(*control.Status) error) error {
+	cmd, err := s.NLB(s.program, s.config())
+	if err != nil {
+		return err
 	}
-	if s.daemon != nil {
-		<-s.daemon.done
+	if err := s.Start(cmd); err != nil {
+		return fmt.Errorf("start nlb: %w", err)
 	}
-	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
+	return s.AwaitNLB(ctx, timeout, holds)
 }
 
 // config is nlb's configuration file.
@@ -152,107 +134,19 @@ func protocol(port uint16) string {
 // groupName is a mode as a target group's name, which has no underscores.
 func groupName(clientIP string) string { return strings.ReplaceAll(clientIP, "_", "-") }
 
-// A daemon is one process of nlb serve.
-type daemon struct {
-	cmd  *exec.Cmd
-	done chan struct{} // closed when it has ended
-	log  string        // the file that it prints to
-}
-
-// said is what the daemon printed.
-func (d *daemon) said() string {
-	text, err := os.ReadFile(d.log)
-	if err != nil {
-		return err.Error()
-	}
-	return strings.TrimSpace(string(text))
-}
-
-// start starts nlb serve on the balancer.
-func (s *scene) start() error {
-	// A file, because its relay prints there too, and lives on when it has ended.
-	log, err := os.Create(s.path("nlb.log"))
-	if err != nil {
-		return err
-	}
-	defer log.Close()
-	// Its life is the scene's: close ends it.
-	cmd := s.LB.Command(context.Background(), s.program,
-		"serve", "-c", s.path("nlb.yaml"), "--state-dir", s.path("state"), "--socket", s.path("nlb.sock"))
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start nlb: %w", err)
-	}
-	s.daemon = &daemon{cmd, make(chan struct{}), log.Name()}
-	go func(d *daemon) {
-		_ = d.cmd.Wait() // wait reports an end that nobody wanted
-		close(d.done)
-	}(s.daemon)
-	return nil
-}
-
 // kill ends nlb the way a crash does.
 func (s *scene) kill() error {
-	if err := s.daemon.cmd.Process.Kill(); err != nil {
+	if err := s.Balancer.Signal(os.Kill); err != nil {
 		return fmt.Errorf("kill nlb: %w", err)
 	}
-	<-s.daemon.done
+	s.Balancer.Join()
 	return nil
-}
-
-// status asks the daemon.
-func (s *scene) status(ctx context.Context) (*control.Status, error) {
-	return control.NewClient(s.path("nlb.sock")).Status(ctx)
-}
-
-// wait waits until the daemon's status is as it should be.
-func (s *scene) wait(ctx context.Context, what string, holds func(*control.Status) error) error {
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		status, err := s.status(ctx)
-		if err == nil {
-			if err = holds(status); err == nil {
-				return nil
-			}
-		}
-		select {
-		case <-tick.C:
-		case <-s.daemon.done:
-			return fmt.Errorf("nlb serve has ended: %s", s.daemon.said())
-		case <-ctx.Done():
-			return fmt.Errorf("waited in vain for %s: %w\n%s", what, err, s.daemon.said())
-		}
-	}
-}
-
-// inForce holds when the kernel has what the file says.
-func inForce(s *control.Status) error {
-	if s.Apply.Error != "" {
-		return errors.New(s.Apply.Error)
-	}
-	if s.Apply.ConvergedAt.IsZero() {
-		return errors.New("the configuration is not in force yet")
-	}
-	return nil
-}
-
-// allHealthy holds when besides every target takes new flows.
-func allHealthy(s *control.Status) error {
-	for _, g := range s.TargetGroups {
-		for _, t := range g.Targets {
-			if t.State != balancer.Healthy || t.EffectiveWeight != t.Weight {
-				return fmt.Errorf("%s %s is %s: %s", g.Name, t.AddrPort(), t.State, t.Description)
-			}
-		}
-	}
-	return inForce(s)
 }
 
 // newFlows is how many flows nlb says the targets of the weighted group ever
 // had, by node.
 func (s *scene) newFlows(ctx context.Context) (map[string]int, error) {
-	status, err := s.status(ctx)
+	status, err := s.Status(ctx)
 	if err != nil {
 		return nil, err
 	}

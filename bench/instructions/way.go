@@ -138,7 +138,7 @@ func newSite(ctx context.Context, w way, program string) (*site, error) {
 }
 
 func (s *site) build() error {
-	if err := s.Build(targets); err != nil {
+	if err := s.Build(lab.Options{Targets: targets, Offload: true}); err != nil {
 		return err
 	}
 	s.servers = s.Targets
@@ -181,12 +181,12 @@ func (s *site) install(ctx context.Context, program string) error {
 	if err := s.StartNLB(ctx, program, s.config(), patience); err != nil {
 		return err
 	}
-	if err := unix.Kill(s.Balancer.PID(), unix.SIGTERM); err != nil {
+	if err := s.Balancer.Signal(unix.SIGTERM); err != nil {
 		return fmt.Errorf("end nlb: %w", err)
 	}
 	err := s.Balancer.Await(ctx, patience, func(context.Context) error { return errors.New("nlb still runs") })
 	if !errors.Is(err, measure.ErrEnded) {
-		return fmt.Errorf("%w\n%s", err, &s.Balancer.Log)
+		return fmt.Errorf("%w\n%s", err, s.Balancer.Said())
 	}
 	return nil
 }

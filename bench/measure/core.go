@@ -1,4 +1,4 @@
-// Package measure has what the benchmarks share: the networks that they measure,
+// Package measure has what the benchmarks, and in part the demo, share: networks,
 // the sockets and batches by which one thread is both sides of the traffic, nlb
 // and other programs that run meanwhile, one core for everything, the CPU time
 // that processes have had, summaries of rounds, and reports.

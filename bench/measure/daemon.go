@@ -1,38 +1,59 @@
 package measure
 
 import (
-	"bytes"
 	"context"
 	"errors"
+	"os"
 	"os/exec"
 	"strings"
-	"sync"
 	"time"
 )
 
 // A Daemon is a program that runs while it is measured. The zero Daemon is where
 // none runs: it has no process and never ends.
 type Daemon struct {
-	Log LogBuffer // what it prints
-
 	cmd   *exec.Cmd     // nil until it is started
 	ended chan struct{} // closed when it has; nil until it is started
+	log   string        // the file that it prints to
 }
 
-// Start starts the program, once. Whoever made the command also ends it; Join
-// waits for that. The error is exec's.
-func (d *Daemon) Start(cmd *exec.Cmd) error {
-	cmd.Stdout, cmd.Stderr = &d.Log, &d.Log
+// Start starts the program, which prints to a file, after what is there. A
+// Daemon that has ended may be started again. Whoever made the command, or
+// Signal, also ends it; Join waits for that. The errors are os's and exec's.
+func (d *Daemon) Start(cmd *exec.Cmd, log string) error {
+	// Not a pipe, since its children print there too and may live on: Wait would
+	// last until they have ended as well, and after that they would get SIGPIPE.
+	file, err := os.OpenFile(log, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	defer file.Close() // the program has a copy
+	cmd.Stdout, cmd.Stderr = file, file
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	d.cmd, d.ended = cmd, make(chan struct{})
+	ended := make(chan struct{})
+	d.cmd, d.ended, d.log = cmd, ended, log
 	go func() {
 		_ = cmd.Wait() // Await and Ended report an end that nobody wanted
-		close(d.ended)
+		close(ended)
 	}()
 	return nil
 }
+
+// Said is what the program and its children have printed, without space around
+// it, or else why that cannot be read.
+func (d *Daemon) Said() string {
+	text, err := os.ReadFile(d.log)
+	if err != nil {
+		return err.Error()
+	}
+	return strings.TrimSpace(string(text))
+}
+
+// Signal sends a signal to a program that was started. The error is
+// os.ErrProcessDone if it has ended.
+func (d *Daemon) Signal(s os.Signal) error { return d.cmd.Process.Signal(s) }
 
 // PID is the process; 0 if none was started.
 func (d *Daemon) PID() int {
@@ -83,24 +104,4 @@ func (d *Daemon) Await(ctx context.Context, limit time.Duration, ready func(cont
 			return err
 		}
 	}
-}
-
-// A LogBuffer keeps what a process prints. It may be read while that goes on.
-type LogBuffer struct {
-	mu   sync.Mutex
-	text bytes.Buffer // guarded by mu
-}
-
-// Write appends to what is kept, and never fails.
-func (l *LogBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-// String is all that was printed so far, without space around it.
-func (l *LogBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.TrimSpace(l.text.String())
 }

@@ -59,43 +59,46 @@ func (s *Site) NLB(program, config string) (*exec.Cmd, error) {
 
 func (s *Site) socket() string { return s.Path("nlb.sock") }
 
-// StartNLB starts nlb and returns when it has found every target healthy and the
-// kernel has what the configuration says. It is an error if that takes longer
-// than limit; what nlb has printed is in the error.
+// StartNLB starts nlb and returns when it forwards to all targets, as Forwards
+// has it. The errors are also those of AwaitNLB.
 func (s *Site) StartNLB(ctx context.Context, program, config string, limit time.Duration) error {
 	cmd, err := s.NLB(program, config)
 	if err != nil {
 		return err
 	}
-	if err := s.Balancer.Start(cmd); err != nil {
+	if err := s.Start(cmd); err != nil {
 		return fmt.Errorf("start nlb: %w", err)
 	}
-	client := control.NewClient(s.socket())
-	err = s.Balancer.Await(ctx, limit, func(ctx context.Context) error {
-		status, err := client.Status(ctx)
+	return s.AwaitNLB(ctx, limit, Forwards)
+}
+
+// Status asks nlb. The error is the client's.
+func (s *Site) Status(ctx context.Context) (*control.Status, error) {
+	return control.NewClient(s.socket()).Status(ctx)
+}
+
+// AwaitNLB waits until nlb's status is as it should be, which is when holds has
+// no error. It is an error if that takes longer than limit or nlb ends before;
+// what nlb has printed is in the error.
+func (s *Site) AwaitNLB(ctx context.Context, limit time.Duration, holds func(*control.Status) error) error {
+	err := s.Balancer.Await(ctx, limit, func(ctx context.Context) error {
+		status, err := s.Status(ctx)
 		if err != nil {
 			return err
 		}
-		return forwards(status)
+		return holds(status)
 	})
 	switch {
 	case errors.Is(err, ErrEnded):
-		return fmt.Errorf("nlb serve has ended: %s", &s.Balancer.Log)
+		return fmt.Errorf("nlb serve has ended: %s", s.Balancer.Said())
 	case err != nil:
-		return fmt.Errorf("waited in vain for nlb: %w\n%s", err, &s.Balancer.Log)
+		return fmt.Errorf("waited in vain for nlb: %w\n%s", err, s.Balancer.Said())
 	}
 	return nil
 }
 
-// forwards says what is missing until the kernel forwards to all targets.
-func forwards(s *control.Status) error {
-	for _, g := range s.TargetGroups {
-		for _, t := range g.Targets {
-			if t.State != balancer.Healthy || t.EffectiveWeight != t.Weight {
-				return fmt.Errorf("%s is %s: %s", t.AddrPort(), t.State, t.Description)
-			}
-		}
-	}
+// InForce says what is missing until the kernel has what the configuration says.
+func InForce(s *control.Status) error {
 	switch {
 	case s.Apply.Error != "":
 		return errors.New(s.Apply.Error)
@@ -103,4 +106,17 @@ func forwards(s *control.Status) error {
 		return errors.New("the configuration is not in force yet")
 	}
 	return nil
+}
+
+// Forwards says what is missing until the kernel forwards to all targets: each
+// has been found healthy, and InForce.
+func Forwards(s *control.Status) error {
+	for _, g := range s.TargetGroups {
+		for _, t := range g.Targets {
+			if t.State != balancer.Healthy || t.EffectiveWeight != t.Weight {
+				return fmt.Errorf("%s %s is %s: %s", g.Name, t.AddrPort(), t.State, t.Description)
+			}
+		}
+	}
+	return InForce(s)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -24,10 +25,10 @@ type Site struct {
 	dir      string
 }
 
-// Build makes the network, with one client, a router and so many targets, and
-// the folder. After an error too, the site is to be closed.
-func (s *Site) Build(targets int) (err error) {
-	if s.Topology, err = lab.Routed(lab.Options{Targets: targets, Offload: true}); err != nil {
+// Build makes a routed network and the folder. After an error too, the site is
+// to be closed.
+func (s *Site) Build(o lab.Options) (err error) {
+	if s.Topology, err = lab.Routed(o); err != nil {
 		return fmt.Errorf("needs network namespaces and veth links: %w", err)
 	}
 	s.dir, err = os.MkdirTemp("", "nlb-bench-")
@@ -46,6 +47,10 @@ func (s *Site) Close() error {
 	}
 	return errors.Join(errs...)
 }
+
+// Start starts a command as the balancer, which prints to a file in the site's
+// folder. The errors are os's and exec's.
+func (s *Site) Start(cmd *exec.Cmd) error { return s.Balancer.Start(cmd, s.Path("balancer.log")) }
 
 // Path is a file's in the site's folder; of "", the folder's own.
 func (s *Site) Path(name string) string { return filepath.Join(s.dir, name) }

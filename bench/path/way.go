@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"nlb/bench/lab"
 	"nlb/bench/measure"
 )
 
@@ -80,7 +81,7 @@ func newSite(ctx context.Context, w way, program string) (*site, error) {
 }
 
 func (s *site) build(ctx context.Context, program string) error {
-	if err := s.Build(targets); err != nil {
+	if err := s.Build(lab.Options{Targets: targets, Offload: true}); err != nil {
 		return err
 	}
 	for _, t := range s.Targets {

@@ -61,7 +61,7 @@ func takeTurns(ctx context.Context, sites []*site, l load, share time.Duration, 
 				if s.Balancer.Ended() {
 					err = errors.Join(err, errors.New("it has ended"))
 				}
-				return fmt.Errorf("%s: %w: %s", s.name, err, &s.Balancer.Log)
+				return fmt.Errorf("%s: %w: %s", s.name, err, s.Balancer.Said())
 			}
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nlb/bench/lab"
 	"nlb/bench/measure"
 )
 
@@ -34,7 +35,7 @@ func newSite(ctx context.Context, c contestant, o *options) (*site, error) {
 }
 
 func (s *site) build(ctx context.Context, o *options) (err error) {
-	if err := s.Build(1); err != nil {
+	if err := s.Build(lab.Options{Targets: 1, Offload: true}); err != nil {
 		return err
 	}
 	if err := s.tune(); err != nil {
@@ -84,7 +85,7 @@ func (s *site) run(o *options) error {
 	if err != nil {
 		return err
 	}
-	if err := s.Balancer.Start(cmd); err != nil {
+	if err := s.Start(cmd); err != nil {
 		return fmt.Errorf("start: %w", err)
 	}
 	return nil
@@ -100,9 +101,9 @@ func (s *site) await(ctx context.Context) error {
 	err := s.Balancer.Await(ctx, startTime, func(context.Context) error { return s.try() })
 	switch {
 	case errors.Is(err, measure.ErrEnded):
-		return fmt.Errorf("it has ended: %s", &s.Balancer.Log)
+		return fmt.Errorf("it has ended: %s", s.Balancer.Said())
 	case err != nil:
-		return fmt.Errorf("waited in vain: %w\n%s", err, &s.Balancer.Log)
+		return fmt.Errorf("waited in vain: %w\n%s", err, s.Balancer.Said())
 	}
 	return nil
 }
