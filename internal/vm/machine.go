@@ -56,9 +56,14 @@ var passed = []string{"GODEBUG", "GOTRACEBACK", "GOMAXPROCS", "NLB_LONG"}
 // it ended.
 //
 // The error says why not all of them ran: it wraps ErrNoExit when the guest
-// ended too early, and the context's cause as well if that ended it, and has
-// the console's text. The guest is gone in any case.
+// ended too early, and has the console's text then. It wraps the context's cause
+// if that is done, whatever was under way. The guest is gone in any case.
 func (m *Machine) Do(ctx context.Context, runs []Run, stdout, stderr io.Writer, end func(int, Result)) (err error) {
+	defer func() {
+		if err != nil && ctx.Err() != nil {
+			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}()
 	dir, err := os.MkdirTemp("", "nlb-vm-")
 	if err != nil {
 		return err
@@ -83,9 +88,6 @@ func (m *Machine) Do(ctx context.Context, runs []Run, stdout, stderr io.Writer, 
 	// All results are here, or nothing will come: there's nothing to wait for.
 	said := stop(err == nil)
 	if err != nil {
-		if ctx.Err() != nil {
-			err = fmt.Errorf("%w: %w", err, context.Cause(ctx))
-		}
 		text, _ := os.ReadFile(console)
 		err = fmt.Errorf("%w\n%s--- console\n%s", err, said, bytes.TrimSpace(text))
 	}

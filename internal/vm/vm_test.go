@@ -2,6 +2,7 @@ package vm
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -382,6 +383,20 @@ func TestOpenKernel(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, k); diff != "" || err != nil {
 		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+}
+
+// TestDoSaysWhoEndedIt ends the context before anything has been booted: the
+// image is being made then.
+func TestDoSaysWhoEndedIt(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", t.TempDir())
+	cause := errors.New("killed after 4s")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(cause)
+	m := Machine{Kernel: &Kernel{}}
+	err := m.Do(ctx, nil, io.Discard, io.Discard, nil)
+	if !errors.Is(err, cause) || !strings.HasPrefix(err.Error(), "killed after 4s: make the initramfs: ") {
+		t.Error(err)
 	}
 }
 
