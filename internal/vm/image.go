@@ -171,11 +171,18 @@ func addProgram(ctx context.Context, tree Tree, name string) error {
 	// Some are called by the path that they have on Debian.
 	tree.Link("/usr/sbin/"+filepath.Base(name), "../bin/"+filepath.Base(name))
 
+	if bytes.HasPrefix(content, []byte("#!")) {
+		return nil // what interprets a script is a program of its own
+	}
+	needs, err := dynamic(content)
+	if err != nil {
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	if !needs {
+		return nil
+	}
 	out, err := run(ctx, "", "ldd", file)
 	if err != nil {
-		if strings.Contains(err.Error()+out, "not a dynamic executable") {
-			return nil
-		}
 		return err
 	}
 	libraries, err := parseLdd(out)

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -253,17 +254,26 @@ func addStatic(tree Tree, to, file string) error {
 	if err != nil {
 		return err
 	}
-	program, err := elf.NewFile(bytes.NewReader(content))
-	if err != nil {
+	needs, err := dynamic(content)
+	switch {
+	case err != nil:
 		return fmt.Errorf("%s: %w", file, err)
-	}
-	for _, p := range program.Progs {
-		if p.Type == elf.PT_INTERP {
-			return fmt.Errorf("%s needs shared libraries: build it with CGO_ENABLED=0 (and without -race)", file)
-		}
+	case needs:
+		return fmt.Errorf("%s needs shared libraries: build it with CGO_ENABLED=0 (and without -race)", file)
 	}
 	tree.File(to, 0o755, content)
 	return nil
+}
+
+// dynamic says whether a program needs shared libraries: it names the dynamic
+// linker that finds them then (elf(5), PT_INTERP). It is an error if this is no ELF
+// file.
+func dynamic(program []byte) (bool, error) {
+	file, err := elf.NewFile(bytes.NewReader(program))
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(file.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }), nil
 }
 
 // addFolder adds a folder's own files, and its testdata with all below.

@@ -3,6 +3,7 @@ package vm
 import (
 	"bytes"
 	"context"
+	"debug/elf"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -147,6 +148,65 @@ func TestParseLdd(t *testing.T) {
 	}
 	if _, err := parseLdd("\tlibx.so => not found\n"); err == nil {
 		t.Error("a missing library went unnoticed")
+	}
+}
+
+// program is an ELF file with one segment and nothing in it.
+func program(t *testing.T, segment elf.ProgType) []byte {
+	t.Helper()
+	header := elf.Header64{
+		Ident: [elf.EI_NIDENT]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)},
+		Type:  uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: uint32(elf.EV_CURRENT),
+	}
+	header.Phoff, header.Phentsize, header.Phnum = uint64(binary.Size(header)), uint16(binary.Size(elf.Prog64{})), 1
+	var b bytes.Buffer
+	for _, part := range []any{header, elf.Prog64{Type: uint32(segment)}} {
+		if err := binary.Write(&b, binary.LittleEndian, part); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return b.Bytes()
+}
+
+func TestDynamic(t *testing.T) {
+	for name, c := range map[string]struct {
+		in    []byte
+		want  bool
+		fails bool
+	}{
+		"static":  {in: program(t, elf.PT_LOAD)},
+		"dynamic": {in: program(t, elf.PT_INTERP), want: true},
+		"cut off": {in: program(t, elf.PT_INTERP)[:100], fails: true},
+		"script":  {in: []byte("#!/bin/sh\n"), fails: true},
+		"nothing": {fails: true},
+	} {
+		if got, err := dynamic(c.in); got != c.want || (err != nil) != c.fails {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
+// TestProgramsWithoutLibraries takes them along without asking ldd(1), which
+// isn't in this PATH.
+func TestProgramsWithoutLibraries(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("PATH", dir)
+	for name, c := range map[string]struct {
+		content []byte
+		fails   string
+	}{
+		"static":  {content: program(t, elf.PT_LOAD)},
+		"script":  {content: []byte("#!/bin/sh\n")},
+		"dynamic": {program(t, elf.PT_INTERP), `"ldd": executable file not found`},
+		"garbage": {[]byte("\x7fELF"), "/garbage: "},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), c.content, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		err := addProgram(t.Context(), make(Tree), name)
+		if (err != nil) != (c.fails != "") || err != nil && !strings.Contains(err.Error(), c.fails) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 
