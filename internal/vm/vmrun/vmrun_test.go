@@ -7,8 +7,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -194,6 +196,54 @@ func TestChoose(t *testing.T) {
 	}
 	if all[0].tests != "." {
 		t.Error("the list itself was changed")
+	}
+}
+
+// TestSuite boots for two packages' worth of lines, one of which names a test that
+// isn't there.
+func TestSuite(t *testing.T) {
+	suite := filepath.Join(t.TempDir(), "suite")
+	if err := os.WriteFile(suite, []byte("./testdata/probe ^TestPass$\n./testdata/probe ^TestNone$\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := command(t, "-suite", suite)
+	cmd.Dir = "" // names are relative to it
+	got, out := status(t, cmd)
+	const name = "\tnlb/internal/vm/vmrun/testdata/probe [Linux " + kernel + "]\t"
+	if got != 1 || !strings.Contains(out, "\nok  "+name) || !regexp.MustCompile(`\nFAIL`+regexp.QuoteMeta(name)+`[0-9.]+s \[no tests to run\]\n`).MatchString(out) {
+		t.Errorf("exit status %d, want 1\n%s", got, out)
+	}
+}
+
+func TestVerdict(t *testing.T) {
+	const one = "=== RUN   TestA\n--- PASS: TestA (0.0s)\nPASS\n"
+	for name, c := range map[string]struct {
+		run, output  string
+		status       int
+		word, remark string
+	}{
+		"passed":               {output: one, word: "ok  "},
+		"passed, of many":      {run: "A", output: one, word: "ok  "},
+		"failed":               {output: one, status: 1, word: "FAIL"},
+		"failed before a test": {output: "no root\n", status: 2, word: "FAIL"},
+		"none":                 {output: "testing: warning: no tests to run\nPASS\n", word: "FAIL", remark: " [no tests to run]"},
+		"none, of many":        {run: "A", output: "testing: warning: no tests to run\nPASS\n", word: "ok  ", remark: " [no tests to run]"},
+	} {
+		s := settings{run: c.run}
+		if word, remark := s.verdict(c.status, []byte(c.output)); word != c.word || remark != c.remark {
+			t.Errorf("%s: %q, %q", name, word, remark)
+		}
+	}
+}
+
+func TestArguments(t *testing.T) {
+	s := settings{timeout: 15 * time.Minute}
+	want := []string{"-test.paniconexit0", "-test.v=true", "-test.timeout=7m30s", "-test.run=A", "-test.skip=B"}
+	if diff := cmp.Diff(want, s.arguments(suitePackage{tests: "A", skip: "B"})); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	if diff := cmp.Diff(want[:4], s.arguments(suitePackage{tests: "A"})); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
 	}
 }
 
