@@ -71,8 +71,7 @@ bench-relay: need-root need-go deps build ## compare the relay with HAProxy and 
 	@$(GO) run ./bench/relay -nlb bin/nlb
 
 # Without CGO: there is no libc in a guest. Root only where deps has to install.
-bench-instructions: need-go deps ## count what a packet and a connection cost in instructions, in emulated machines; about 5 min
-	@CGO_ENABLED=0 $(GO) build -o bin/nlb-static ./cmd/nlb
+bench-instructions: need-go deps build-static ## count what a packet and a connection cost in instructions, in emulated machines; about 5 min
 	@CGO_ENABLED=0 $(GO) build -buildvcs=auto -o bin/nlb-instructions ./bench/instructions
 	@exec bin/nlb-instructions -nlb bin/nlb-static
 

@@ -59,6 +59,16 @@ func blocks(page string) []block {
 	return found
 }
 
+// TestReadmeListsEveryPage: a page that it doesn't name is found by nobody.
+func TestReadmeListsEveryPage(t *testing.T) {
+	all := pages(t)
+	for page := range all {
+		if page != "README.md" && !strings.Contains(all["README.md"], "]("+page+")") {
+			t.Errorf("README.md has no link to %s", page)
+		}
+	}
+}
+
 // leaves lists the keys of the reference file that have values of their own,
 // such as listeners[].port. A list is a leaf as well if it may be empty or its
 // entries are plain values.
