@@ -138,5 +138,8 @@ var families = []family{
 	{"6", lab.VIP6, func(n *lab.Node) netip.Addr { return n.Addr6 }},
 }
 
+// version is the family in the words of conntrack(8): ipv4 or ipv6.
+func (f family) version() string { return "ipv" + f.name }
+
 // at is a port of the family's VIP.
 func (f family) at(port uint16) netip.AddrPort { return netip.AddrPortFrom(f.vip, port) }

@@ -113,24 +113,36 @@ type entry struct {
 	text     string
 }
 
-// entries are the flows of a family to a VIP's port.
+// entries are the flows to an address and port, usually a VIP's.
 func (d *daemon) entries(to netip.AddrPort) []entry {
 	d.t.Helper()
-	family := "ipv4"
-	if to.Addr().Is6() {
-		family = "ipv6"
-	}
-	var found []entry
-	for line := range strings.Lines(must(d.t, d.node, "conntrack", "-L", "-f", family)) {
-		e, err := parseEntry(line)
-		if err != nil {
-			d.t.Fatalf("conntrack: %v: %q", err, line)
-		}
-		if e.to == to {
-			found = append(found, e)
+	return d.tracked(func(e entry) bool { return e.to == to })
+}
+
+// tracked are the flows of both families that are to be kept.
+func (d *daemon) tracked(keep func(entry) bool) (found []entry) {
+	d.t.Helper()
+	for _, f := range families {
+		for line := range strings.Lines(must(d.t, d.node, "conntrack", "-L", "-f", f.version())) {
+			e, err := parseEntry(line)
+			if err != nil {
+				d.t.Fatalf("conntrack: %v: %q", err, line)
+			}
+			if keep(e) {
+				found = append(found, e)
+			}
 		}
 	}
 	return found
+}
+
+// forget removes the flows to a port from conntrack.
+func (d *daemon) forget(protocol string, port uint16) {
+	d.t.Helper()
+	for _, f := range families {
+		// It fails when there is nothing to remove.
+		_, _ = d.tool("conntrack", "-D", "-f", f.version(), "-p", protocol, "--orig-port-dst", fmt.Sprint(port))
+	}
 }
 
 // parseEntry reads a line of conntrack -L, such as

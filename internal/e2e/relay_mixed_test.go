@@ -20,10 +20,7 @@ func (d *daemon) tuples(n *lab.Node, f family, port uint16) (chosen map[uint16]s
 	d.t.Helper()
 	const first = keptPort + 2000
 	// Flows of an earlier time would keep their targets.
-	for _, version := range []string{"ipv4", "ipv6"} {
-		// It fails when there is nothing to remove.
-		_, _ = d.tool("conntrack", "-D", "-f", version, "-p", "tcp", "--dport", fmt.Sprint(port))
-	}
+	d.forget("tcp", port)
 	flows := held(d.t, n, lab.Call{Network: "tcp", Dst: f.at(port), SrcPort: first, N: relayTuples, Parallel: 20, Timeout: patience})
 	chosen = make(map[uint16]string)
 	for i, r := range flows.Opened {

@@ -23,17 +23,10 @@ func TestRelayUntrackedDrain(t *testing.T)        { relayDrain(t, notTracked()) 
 func TestRelayUntrackedDialFailures(t *testing.T) { relayDialFailures(t, notTracked()) }
 func TestRelayUntrackedComesAndGoes(t *testing.T) { relayComesAndGoes(t, notTracked()) }
 
-// known are conntrack's entries of TCP that have a port.
-func (d *daemon) known(port uint16) (lines []string) {
+// known are the connections to a port, of anybody, that conntrack knows.
+func (d *daemon) known(port uint16) []entry {
 	d.t.Helper()
-	for _, f := range families {
-		for line := range strings.Lines(must(d.t, d.node, "conntrack", "-L", "-f", map[string]string{"4": "ipv4", "6": "ipv6"}[f.name], "-p", "tcp")) {
-			if strings.Contains(line, fmt.Sprintf(" dport=%d ", port)) {
-				lines = append(lines, strings.TrimSpace(line))
-			}
-		}
-	}
-	return lines
+	return d.tracked(func(e entry) bool { return e.protocol == "tcp" && e.to.Port() == port })
 }
 
 // TestRelayUntracked has relayed listeners beside one of a kernel mode, for other
@@ -83,8 +76,8 @@ func TestRelayUntracked(t *testing.T) {
 		}
 	}
 	for _, port := range []uint16{webPort, closedPort, bothPort, targetPort} {
-		if lines := d.known(port); len(lines) > 0 {
-			t.Errorf("port %d is tracked: %d, such as %s", port, len(lines), lines[0])
+		if known := d.known(port); len(known) > 0 {
+			t.Errorf("port %d is tracked: %d, such as %s", port, len(known), known[0].text)
 		}
 	}
 
@@ -204,8 +197,8 @@ func TestRelayUntrackedTargetHere(t *testing.T) {
 		}
 	}
 	for _, port := range []uint16{80, 8080} {
-		if lines := d.known(port); len(lines) > 0 {
-			t.Errorf("port %d is tracked: %d, such as %s", port, len(lines), lines[0])
+		if known := d.known(port); len(known) > 0 {
+			t.Errorf("port %d is tracked: %d, such as %s", port, len(known), known[0].text)
 		}
 	}
 }

@@ -21,7 +21,7 @@ func TestRestartWritesNothing(t *testing.T) {
 	top, d := served(t, lab.Options{Targets: 4}, 4)
 	before := choicesOfBoth(t, top.Clients[0], tuples)
 	table, key := d.tableWords(), read(d.state("hash.key"))
-	d.forget()
+	d.forget("udp", dnsPort)
 
 	s := listenForSilence(t, top.LB)
 	for _, end := range []func(){d.stop, d.kill} {
@@ -148,7 +148,7 @@ func TestRemovingOneTargetMovesItsFlowsOnly(t *testing.T) {
 	if err := d.reload(twoServices(top, append(top.Targets[:1:1], top.Targets[2:]...)...).String()); err != nil {
 		t.Fatal(err)
 	}
-	d.forget()
+	d.forget("udp", dnsPort)
 	for _, f := range families {
 		after := choices(t, top.Clients[0], f, tuples)
 		var moved, left, total int

@@ -328,15 +328,6 @@ func choices(t *testing.T, n *lab.Node, f family, tuples int) map[uint16]string 
 	return chosen
 }
 
-// forget removes the flows of the fixed 5-tuples from conntrack.
-func (d *daemon) forget() {
-	d.t.Helper()
-	for _, family := range []string{"ipv4", "ipv6"} {
-		// It fails when there is nothing to remove.
-		_, _ = d.tool("conntrack", "-D", "-f", family, "-p", "udp", "--dport", fmt.Sprint(dnsPort))
-	}
-}
-
 // read is a file's content, or why there is none.
 func read(path string) string {
 	b, err := os.ReadFile(path)
