@@ -1,6 +1,7 @@
 package measure
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,10 +16,13 @@ import (
 )
 
 // Forwarding is how nlb sends on what comes for the VIP: to all targets alike.
+// Texts are as in the configuration.
 type Forwarding struct {
-	Dataplane string // as in the configuration; empty for nlb's default
-	ClientIP  string // as in the configuration
-	Listeners int    // from Port upwards
+	Dataplane string // empty for nlb's default
+	Protocol  string // TCP_UDP if empty
+	ClientIP  string
+	Untracked bool // relay.conntrack: false
+	Listeners int  // from Port upwards
 }
 
 // Config is nlb's configuration in this network. Health is found once, at the
@@ -28,13 +32,17 @@ func (s *Site) Config(f Forwarding) string {
 	if f.Dataplane != "" {
 		fmt.Fprintf(&b, "dataplane: %s\n", f.Dataplane)
 	}
+	if f.Untracked {
+		b.WriteString("relay: {conntrack: false}\n")
+	}
+	protocol := cmp.Or(f.Protocol, "TCP_UDP")
 	fmt.Fprintf(&b, "source_addresses: [%s]\n", s.LB.Addr4)
 	fmt.Fprintf(&b, "vips: [{address: %s, interface: lo}]\n", lab.VIP4)
 	b.WriteString("metrics: {address: \"\"}\nlisteners:\n")
 	for i := range f.Listeners {
-		fmt.Fprintf(&b, "  - {name: bench-%d, vip: %s, protocol: TCP_UDP, port: %d, forward: [{target_group: bench}]}\n", i, lab.VIP4, Port+i)
+		fmt.Fprintf(&b, "  - {name: bench-%d, vip: %s, protocol: %s, port: %d, forward: [{target_group: bench}]}\n", i, lab.VIP4, protocol, Port+i)
 	}
-	fmt.Fprintf(&b, "target_groups:\n  - name: bench\n    protocol: TCP_UDP\n    port: %d\n    client_ip: %s\n", Port, f.ClientIP)
+	fmt.Fprintf(&b, "target_groups:\n  - name: bench\n    protocol: %s\n    port: %d\n    client_ip: %s\n", protocol, Port, f.ClientIP)
 	fmt.Fprintf(&b, "    health_check: {port: %d, interval: 300s}\n    targets:\n", ProbePort)
 	for _, t := range s.Targets {
 		fmt.Fprintf(&b, "      - {address: %s}\n", t.Addr4)

@@ -13,7 +13,7 @@ import (
 
 // What the sites have in common, so that they differ in what is measured alone.
 const (
-	Port      = 80   // of the VIP and of the targets
+	Port      = 80   // of the VIP and of the targets; scripts that are expanded have it in their text
 	ProbePort = 8080 // of the targets, for health checks
 )
 

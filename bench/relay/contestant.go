@@ -37,8 +37,8 @@ const (
 // The first one is without a balancer: the others are measured by it.
 var contestants = []contestant{
 	{name: direct},
-	{name: nlb, version: v2, tracked: true, start: func(s *site, o *options) (*exec.Cmd, error) { return startNLB(s, o, "true") }},
-	{name: nlbUntracked, version: v2, start: func(s *site, o *options) (*exec.Cmd, error) { return startNLB(s, o, "false") }},
+	{name: nlb, version: v2, tracked: true, start: startNLB},
+	{name: nlbUntracked, version: v2, start: startNLB},
 	{name: engine, version: v2, start: startEngine},
 	{name: haproxy, version: v2, start: func(s *site, o *options) (*exec.Cmd, error) { return startHAProxy(s, o, "") }},
 	{name: haproxySplice, version: v2, start: func(s *site, o *options) (*exec.Cmd, error) {
@@ -47,24 +47,9 @@ var contestants = []contestant{
 	{name: nginx, version: v1, start: startNginx},
 }
 
-// nlbConfig finds the target healthy once, at the start.
-const nlbConfig = `source_addresses: [SOURCE]
-relay: {conntrack: TRACKED}
-vips: [{address: VIP, interface: lo}]
-metrics: {address: ""}
-listeners:
-  - {name: bench, vip: VIP, protocol: TCP, port: PORT, forward: [{target_group: bench}]}
-target_groups:
-  - name: bench
-    protocol: TCP
-    port: PORT
-    client_ip: proxy_protocol_v2
-    health_check: {port: PROBE, interval: 300s}
-    targets: [{address: TARGET}]
-`
-
-func startNLB(s *site, o *options, tracked string) (*exec.Cmd, error) {
-	cmd, err := s.NLB(o.nlb, s.expand(strings.Replace(nlbConfig, "TRACKED", tracked, 1)))
+func startNLB(s *site, o *options) (*exec.Cmd, error) {
+	config := s.Config(measure.Forwarding{Protocol: "TCP", ClientIP: "proxy_protocol_v2", Untracked: !s.tracked, Listeners: 1})
+	cmd, err := s.NLB(o.nlb, config)
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +63,7 @@ func startEngine(s *site, _ *options) (*exec.Cmd, error) {
 		return nil, err
 	}
 	cmd := s.command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), s.expand(engineVariable+"=VIP TARGET SOURCE"))
+	cmd.Env = append(os.Environ(), fmt.Sprint(engineVariable, "=", lab.VIP4, " ", s.Targets[0].Addr4, " ", s.LB.Addr4))
 	return cmd, nil
 }
 
@@ -95,15 +80,15 @@ defaults
     timeout server 60s
 OPTIONS
 listen bench
-    bind VIP:PORT
-    server target TARGET:PORT send-proxy-v2
+    bind VIP:80
+    server target T0:80 send-proxy-v2
 `
 
 func startHAProxy(s *site, o *options, splice string) (*exec.Cmd, error) {
 	if err := s.addVIP(); err != nil {
 		return nil, err
 	}
-	config, err := s.write("haproxy.cfg", strings.Replace(haproxyConfig, "OPTIONS\n", splice, 1))
+	config, err := s.Write("haproxy.cfg", strings.Replace(s.Expand(haproxyConfig), "OPTIONS\n", splice, 1))
 	if err != nil {
 		return nil, err
 	}
@@ -120,8 +105,8 @@ events { worker_connections 8192; }
 stream {
     access_log off;
     server {
-        listen VIP:PORT backlog=4096;
-        proxy_pass TARGET:PORT;
+        listen VIP:80 backlog=4096;
+        proxy_pass T0:80;
         proxy_protocol on;
     }
 }
@@ -138,8 +123,8 @@ func startNginx(s *site, o *options) (*exec.Cmd, error) {
 	if err != nil {
 		return nil, err
 	}
-	text := strings.NewReplacer("MODULE", module, "PID", s.Path("nginx.pid")).Replace(nginxConfig)
-	config, err := s.write("nginx.conf", text)
+	text := strings.NewReplacer("MODULE", module, "PID", s.Path("nginx.pid")).Replace(s.Expand(nginxConfig))
+	config, err := s.Write("nginx.conf", text)
 	if err != nil {
 		return nil, err
 	}
@@ -153,18 +138,6 @@ func streamModule() (string, error) {
 		}
 	}
 	return "", fmt.Errorf("needs nginx's stream module: apt-get install libnginx-mod-stream: there is none of %s", strings.Join(streamModules, ", "))
-}
-
-// expand writes this network's addresses for their names.
-func (s *site) expand(text string) string {
-	return strings.NewReplacer(
-		"VIP", lab.VIP4.String(), "PORT", fmt.Sprint(measure.Port), "PROBE", fmt.Sprint(measure.ProbePort),
-		"TARGET", s.Targets[0].Addr4.String(), "SOURCE", s.LB.Addr4.String(),
-	).Replace(text)
-}
-
-func (s *site) write(name, text string) (path string, err error) {
-	return s.Write(name, s.expand(text))
 }
 
 func (s *site) addVIP() error { return s.LB.Address("lo", netip.PrefixFrom(lab.VIP4, 32)) }
