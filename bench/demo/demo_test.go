@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 func TestMain(m *testing.M) {
@@ -56,7 +57,7 @@ func TestInterrupted(t *testing.T) {
 	// It never answers, so the demo waits for it.
 	program := script(t, "exec sleep 60")
 	var stdout, stderr bytes.Buffer
-	if code := run(ctx, program, &stdout, &stderr); code != interrupted {
+	if code := run(ctx, program, &stdout, &stderr); code != measure.Interrupted {
 		t.Errorf("exit %d, stderr %s", code, &stderr)
 	}
 	if left, err := os.ReadDir(os.Getenv("TMPDIR")); err != nil || len(left) > 0 {

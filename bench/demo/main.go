@@ -14,16 +14,14 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
-// timeout bounds the demo, which takes a quarter of it.
-const timeout = 40 * time.Second
+// timeout bounds the demo, which takes a tenth of it where nothing else happens.
+const timeout = 2 * time.Minute
 
 func main() {
 	lab.MaybeRunAgent()
@@ -33,30 +31,26 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	// A reader that leaves (make demo | head) must not end us before we cleaned up.
-	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	context.AfterFunc(ctx, stop) // a second signal kills
-	os.Exit(run(ctx, *program, os.Stdout, os.Stderr))
+	os.Exit(run(measure.UntilSignal(), *program, os.Stdout, os.Stderr))
 }
-
-// interrupted is the exit code of what a signal ended, as for a shell's ^C.
-const interrupted = 130
 
 func run(ctx context.Context, program string, stdout, stderr io.Writer) int {
 	if err := ready(program); err != nil {
 		fmt.Fprintf(stderr, "nlb demo %v\n", err)
 		return 1
 	}
-	bounded, cancel := context.WithTimeout(ctx, timeout)
+	bounded, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("ended after %v", timeout))
 	defer cancel()
 	begun := time.Now()
 	out := newScreen(stdout)
 	failed, err := show(bounded, program, out)
+	if err != nil && bounded.Err() != nil {
+		err = fmt.Errorf("%w: %w", context.Cause(bounded), err)
+	}
 	switch {
 	case ctx.Err() != nil:
 		fmt.Fprintln(stderr, "\nnlb demo: interrupted, everything was removed")
-		return interrupted
+		return measure.Interrupted
 	case err != nil:
 		fmt.Fprintf(stderr, "\nnlb demo: %v\n", err)
 		return 1

@@ -29,13 +29,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
 	"nlb/bench/measure"
@@ -60,26 +57,15 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	context.AfterFunc(ctx, stop) // a second signal kills
+	ctx := measure.UntilSignal()
 	var err error
 	if *guest {
 		err = countAll(ctx, o.program, os.Stdout, os.Stderr)
 	} else {
 		err = run(ctx, o, os.Stdout, os.Stderr)
 	}
-	switch {
-	case ctx.Err() != nil:
-		fmt.Fprintln(os.Stderr, "nlb bench: interrupted, the guests are gone")
-		os.Exit(interrupted)
-	case err != nil:
-		fmt.Fprintf(os.Stderr, "nlb bench: %v\n", err)
-		os.Exit(1)
-	}
+	os.Exit(measure.ExitCode(ctx, err, os.Stderr))
 }
-
-// interrupted is the exit code of what a signal ended, as for a shell's ^C.
-const interrupted = 130
 
 type options struct {
 	program, kernel string

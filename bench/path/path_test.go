@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 func TestMain(m *testing.M) {
@@ -68,7 +69,7 @@ func TestInterrupted(t *testing.T) {
 		cancel()
 	}()
 	var stdout, stderr bytes.Buffer
-	if code := run(ctx, options{program: program, rounds: 1, seconds: 0.01, format: "table"}, &stdout, &stderr); code != interrupted {
+	if code := run(ctx, options{program: program, rounds: 1, seconds: 0.01, format: "table"}, &stdout, &stderr); code != measure.Interrupted {
 		t.Errorf("exit %d, stderr %s", code, &stderr)
 	}
 	nothingLeft(t)

@@ -32,11 +32,8 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"runtime/debug"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
 	"nlb/bench/measure"
@@ -68,11 +65,7 @@ func main() {
 		os.Exit(1)
 	}
 	o.core = core
-	// A reader that leaves (… | head) must not end us before we cleaned up.
-	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	context.AfterFunc(ctx, stop) // a second signal kills
-	os.Exit(run(ctx, o, os.Stdout, os.Stderr))
+	os.Exit(run(measure.UntilSignal(), o, os.Stdout, os.Stderr))
 }
 
 type options struct {
@@ -90,23 +83,12 @@ func (o *options) valid() bool {
 // share is each contestant's part of a round, for one load.
 func (o *options) share() time.Duration { return time.Duration(o.seconds * float64(time.Second)) }
 
-// interrupted is the exit code of what a signal ended, as for a shell's ^C.
-const interrupted = 130
-
 func run(ctx context.Context, o options, stdout, stderr io.Writer) int {
 	report, err := bench(ctx, &o, stderr)
 	if err == nil {
 		err = measure.Write(stdout, o.format, report)
 	}
-	switch {
-	case ctx.Err() != nil:
-		fmt.Fprintln(stderr, "nlb bench: interrupted, everything was removed")
-		return interrupted
-	case err != nil:
-		fmt.Fprintf(stderr, "nlb bench: %v\n", err)
-		return 1
-	}
-	return 0
+	return measure.ExitCode(ctx, err, stderr)
 }
 
 // bench builds the networks, measures, and removes them.

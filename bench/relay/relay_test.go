@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/bench/measure"
 )
 
 func TestMain(m *testing.M) {
@@ -79,7 +80,7 @@ func TestInterrupted(t *testing.T) {
 		cancel()
 	}()
 	var stdout, stderr bytes.Buffer
-	if code := run(ctx, o, &stdout, &stderr); code != interrupted {
+	if code := run(ctx, o, &stdout, &stderr); code != measure.Interrupted {
 		t.Errorf("exit %d, stderr %s", code, &stderr)
 	}
 	nothingLeft(t)
