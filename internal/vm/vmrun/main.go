@@ -65,7 +65,7 @@ func vmrun(args []string) (int, error) {
 	flags.Var(&s.kernels, "kernel", "`series` of Debian's cloud kernels (6.1, 6.12; a suite takes several), or a folder with one unpacked; default 6.12")
 	flags.Var(&s.tools, "tools", "`programs` of this system to take along: curl,nginx")
 	flags.Var(&s.files, "file", "`file` or folder to take along, at its path; may be repeated")
-	flags.DurationVar(&s.timeout, "timeout", 5*time.Minute, "kill the guest after this time; a binary of a suite ends after half of it")
+	flags.DurationVar(&s.timeout, "timeout", 5*time.Minute, "kill the guest after this time; a binary of a suite ends after a third of it")
 	flags.IntVar(&s.memory, "memory", 1024, "memory of the guest in `MiB`")
 	flags.IntVar(&s.cpus, "cpus", 1, "processors of the guest")
 	flags.StringVar(&s.suite, "suite", "", "`file` that lists packages and their tests")

@@ -238,7 +238,7 @@ func TestVerdict(t *testing.T) {
 
 func TestArguments(t *testing.T) {
 	s := settings{timeout: 15 * time.Minute}
-	want := []string{"-test.paniconexit0", "-test.v=true", "-test.timeout=7m30s", "-test.run=A", "-test.skip=B"}
+	want := []string{"-test.paniconexit0", "-test.v=true", "-test.timeout=5m0s", "-test.run=A", "-test.skip=B"}
 	if diff := cmp.Diff(want, s.arguments(suitePackage{tests: "A", skip: "B"})); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
