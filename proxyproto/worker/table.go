@@ -47,7 +47,7 @@ func relayed(t, have *balancer.Table) *balancer.Table {
 		}
 	}
 	if t.Dataplane == balancer.IPVS {
-		keepRelayed(r)
+		keepRelayed(r, t.RelayedOnly().Services)
 	}
 	if len(r.Services) == 0 && len(byKey(r)) == 0 {
 		return new(balancer.Table) // nothing to relay, whatever else there is
@@ -57,37 +57,62 @@ func relayed(t, have *balancer.Table) *balancer.Table {
 
 // keepRelayed leaves the relay nothing to choose but what it relays. Rules of
 // nftables send it the flows whose hash leads to a relayed destination, and it
-// finds that by the same hash; IPVS has a hash of its own.
-func keepRelayed(t *balancer.Table) {
-	share := make(map[string]float64, len(t.Pools)) // of a pool's weight
+// finds that by the same hash; IPVS has a hash of its own. It has no part in the
+// services that are only relayed, whose shares stay those of the rules.
+//
+// Destinations that are not relayed stay, without weight: they may have been, and
+// have connections.
+func keepRelayed(t *balancer.Table, only []*balancer.VirtualService) {
+	whole := make(map[netip.AddrPort]bool, len(only))
+	for _, s := range only {
+		whole[addressOf(s)] = true
+	}
+	pools := make(map[string]*balancer.Pool, len(t.Pools))
 	for i := range t.Pools {
-		p := &t.Pools[i]
-		var all, relayed int
-		for _, d := range p.Destinations {
-			all += d.Weight
-			if p.ClientIPOf(&d) == balancer.ProxyProtocolV2 {
-				relayed += d.Weight
-			}
-		}
-		if relayed > 0 {
-			share[p.Name] = float64(relayed) / float64(all)
-		}
-		p.Destinations = slices.DeleteFunc(p.Destinations, func(d balancer.Destination) bool {
-			return p.ClientIPOf(&d) != balancer.ProxyProtocolV2
-		})
+		pools[t.Pools[i].Name] = &t.Pools[i]
 	}
 	for i := range t.Services {
-		s := &t.Services[i]
-		if !slices.ContainsFunc(s.Pools, func(w balancer.WeightedPool) bool { return w.Weight > 0 && share[w.Pool] < 1 }) {
-			continue // IPVS has no part in it
-		}
-		s.Pools = slices.Clone(s.Pools)
-		for j := range s.Pools {
-			w := &s.Pools[j]
-			const fine = 1000
-			w.Weight = int(math.Ceil(float64(w.Weight) * fine * share[w.Pool]))
+		if s := &t.Services[i]; !whole[addressOf(s)] {
+			s.Pools = relayedShares(s, pools)
 		}
 	}
+	for i := range t.Pools {
+		p := &t.Pools[i]
+		for j := range p.Destinations {
+			if d := &p.Destinations[j]; p.ClientIPOf(d) != balancer.ProxyProtocolV2 {
+				d.Weight = 0
+			}
+		}
+	}
+}
+
+// relayedShares are the pools of a service, each with the part of its weight that
+// IPVS leaves to the relay.
+func relayedShares(s *balancer.VirtualService, pools map[string]*balancer.Pool) []balancer.WeightedPool {
+	const fine = 1000 // weights are whole numbers
+	shares := slices.Clone(s.Pools)
+	for i := range shares {
+		w := &shares[i]
+		w.Weight = int(math.Ceil(float64(w.Weight) * fine * relayedShare(pools[w.Pool], s.Address.BitLen())))
+	}
+	return shares
+}
+
+// relayedShare is the relayed part, from 0 to 1, of the weight that a pool has
+// for the flows to a VIP of so many bits.
+func relayedShare(p *balancer.Pool, bits int) float64 {
+	var all, relayed int
+	for _, i := range p.Usable(bits) {
+		d := &p.Destinations[i]
+		all += d.Weight
+		if p.ClientIPOf(d) == balancer.ProxyProtocolV2 {
+			relayed += d.Weight
+		}
+	}
+	if relayed == 0 {
+		return 0
+	}
+	return float64(relayed) / float64(all)
 }
 
 // staged is what a relay serves while the dataplane changes from have to want:

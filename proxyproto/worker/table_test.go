@@ -51,22 +51,6 @@ func TestRelayed(t *testing.T) {
 		t.Errorf("the argument was changed (-want +got):\n%s", d)
 	}
 
-	// IPVS sends the relay a share of its own, of which nothing is the kernel's.
-	some := pool("d", pp, target, other)
-	some.Destinations[1].ClientIP = balancer.Preserve
-	mixed := table([]balancer.VirtualService{choosing(80, "a", "b", "d")}, pool("a", pp, target), pool("b", snat, target), some)
-	mixed.Dataplane = balancer.IPVS
-	got = relayed(mixed, nil)
-	some.Destinations = some.Destinations[:1]
-	some.Destinations[0].Domain = nil
-	first := pool("a", pp, target)
-	first.Destinations[0].Domain = nil
-	want = table([]balancer.VirtualService{choosing(80, "a", "b", "d")}, first, balancer.Pool{Name: "b", ClientIP: snat}, some)
-	want.Services[0].Pools = []balancer.WeightedPool{{Pool: "a", Weight: 1000}, {Pool: "b"}, {Pool: "d", Weight: 500}}
-	if d := cmp.Diff(want, got, values, cmpopts.EquateEmpty()); d != "" {
-		t.Errorf("with IPVS (-want +got):\n%s", d)
-	}
-
 	tests := []struct {
 		name  string
 		have  *balancer.Table
@@ -86,6 +70,89 @@ func TestRelayed(t *testing.T) {
 		if d := cmp.Diff(tt.want, relayed(tt.table, tt.have), values); d != "" {
 			t.Errorf("%s (-want +got):\n%s", tt.name, d)
 		}
+	}
+}
+
+// TestRelayedBesideIPVS: IPVS sends the relay a share of its own, of which nothing
+// is the kernel's. What is only relayed is drawn as by the rules of nftables.
+func TestRelayedBesideIPVS(t *testing.T) {
+	const pp, snat = balancer.ProxyProtocolV2, balancer.SNAT
+	target6 := netip.MustParseAddrPort("[2001:db8:1::11]:8080")
+	weight := func(n int, p balancer.Pool) balancer.Pool {
+		for i := range p.Destinations {
+			p.Destinations[i].Weight = n
+		}
+		return p
+	}
+	// with is a pool with one more destination, of a mode and weight of its own.
+	with := func(p balancer.Pool, mode balancer.ClientIP, n int, at netip.AddrPort) balancer.Pool {
+		p.Destinations = append(p.Destinations, balancer.Destination{Address: at.Addr(), Port: at.Port(), Weight: n, ClientIP: mode})
+		return p
+	}
+	shares := func(s balancer.VirtualService, weights ...int) balancer.VirtualService {
+		for i, w := range weights {
+			s.Pools[i].Weight = w
+		}
+		return s
+	}
+	of := func(s balancer.VirtualService, pools ...balancer.Pool) *balancer.Table {
+		t := table([]balancer.VirtualService{s}, pools...)
+		t.Dataplane = balancer.IPVS
+		return t
+	}
+	none := balancer.Pool{Name: "k", ClientIP: snat}
+	for _, tt := range []struct {
+		name  string
+		have  *balancer.Table
+		table *balancer.Table
+		want  *balancer.Table
+	}{
+		{
+			name:  "pools and parts of pools",
+			table: of(choosing(80, "a", "k", "p"), pool("a", pp, target), pool("k", snat, target), with(pool("p", pp, target), snat, 1, other)),
+			want:  of(shares(choosing(80, "a", "k", "p"), 1000, 0, 500), pool("a", pp, target), none, with(pool("p", pp, target), snat, 0, other)),
+		},
+		{
+			name:  "only relayed, one pool has drained",
+			table: of(choosing(80, "a", "b", "c"), weight(0, pool("a", pp, target)), pool("b", pp, target), pool("c", pp, other)),
+			want:  of(choosing(80, "a", "b", "c"), weight(0, pool("a", pp, target)), pool("b", pp, target), pool("c", pp, other)),
+		},
+		{
+			name:  "only relayed for this family",
+			table: of(choosing(80, "p"), with(pool("p", pp, target), snat, 1, target6)),
+			want:  of(choosing(80, "p"), with(pool("p", pp, target), snat, 0, target6)),
+		},
+		{
+			name:  "a part of each, by this family's weights",
+			table: of(choosing(80, "k", "p"), pool("k", snat, target), with(with(pool("p", pp, target), snat, 1, other), snat, 2, target6)),
+			want:  of(shares(choosing(80, "k", "p"), 0, 500), none, with(with(pool("p", pp, target), snat, 0, other), snat, 0, target6)),
+		},
+		{
+			name:  "the kernel's pools, and one that has drained",
+			table: of(choosing(80, "a", "k"), weight(0, pool("a", pp, target)), pool("k", snat, target)),
+			want:  of(shares(choosing(80, "a", "k"), 0, 0), weight(0, pool("a", pp, target)), none),
+		},
+		{
+			name:  "a pool that was relayed keeps its connections",
+			have:  table(nil, pool("k", pp, target)),
+			table: of(choosing(80, "a", "k"), pool("a", pp, target), pool("k", snat, target)),
+			want:  of(shares(choosing(80, "a", "k"), 1000, 0), pool("a", pp, target), weight(0, pool("k", snat, target))),
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			before := fmt.Sprint(tt.table)
+			want := *tt.want
+			want.Dataplane = 0 // the relay does not ask
+			for i, p := range want.Pools {
+				want.Pools[i] = bare(p)
+			}
+			if d := cmp.Diff(&want, relayed(tt.table, tt.have), values, cmpopts.EquateEmpty()); d != "" {
+				t.Errorf("(-want +got):\n%s", d)
+			}
+			if after := fmt.Sprint(tt.table); after != before {
+				t.Error("the argument was changed")
+			}
+		})
 	}
 }
 
