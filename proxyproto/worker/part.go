@@ -115,11 +115,16 @@ func (m *Manager) rests() bool {
 }
 
 // rest notes that the relay has nothing to do, and returns what it had to when we
-// have sockets left of that.
+// have sockets left of that. Those of a worker that died before we knew its table
+// are closed: clients would wait in their queues for nobody.
 func (m *Manager) rest() *balancer.Table {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.sockets) == 0 || m.table == nil {
+	if m.table == nil {
+		m.sockets.close()
+		m.sockets = make(sockets)
+	}
+	if len(m.sockets) == 0 {
 		m.table = new(balancer.Table)
 	}
 	return m.table

@@ -516,6 +516,26 @@ func TestDiesUnwanted(t *testing.T) {
 	}
 }
 
+// TestDiesUnknown: nor do they if it died before its new controller knew what it
+// served, but had copies of its sockets.
+func TestDiesUnknown(t *testing.T) {
+	r := newRig(t)
+	converge(t, r.Manager, web(80))
+	r.close()
+	next := r.manager(version)
+	defer next.close()
+	hello := r.hello()
+	if err := next.adopt(t.Context(), hello); err != nil || len(next.sockets) != 1 {
+		t.Fatalf("%d sockets, error %v", len(next.sockets), err)
+	}
+	kill(t, hello.PID, unix.SIGKILL)
+	eventually(t, "the worker's end", func() bool { return len(workers(t, r.socket)) == 0 })
+	converge(t, next, nil)
+	if err := visit(t.Context(), 80); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("where nobody listens: %v", err)
+	}
+}
+
 // TestOrphan: a worker whose successor died between taking its place and telling
 // it is found by the next one.
 func TestOrphan(t *testing.T) {
