@@ -90,7 +90,7 @@ func (m *Manager) compare(ctx context.Context, want *balancer.Desired) (have, fi
 	if want != nil && want.Table != nil {
 		all = want.Table
 	}
-	if empty(relayed(all, nil)) && m.rests() {
+	if m.rests() && empty(relayed(all, nil)) {
 		return new(balancer.Table), new(balancer.Table), true, nil
 	}
 	now, err := m.observe(ctx)
