@@ -371,6 +371,13 @@ func TestListenersTakeFiles(t *testing.T) {
 	if after := r.Stats(); after.MaxConnections != before.MaxConnections {
 		t.Errorf("a refused table changed %d to %d", before.MaxConnections, after.MaxConnections)
 	}
+	r.Retire(time.Now().Add(time.Hour))
+	if err := r.Configure(two, nil); err != nil {
+		t.Errorf("services of its successor: %v", err)
+	}
+	if most := r.Stats().MaxConnections; most != (2+listenerFiles)/2 {
+		t.Errorf("%d connections without a listener", most)
+	}
 }
 
 func TestLongSilenceOfTheClock(t *testing.T) {

@@ -154,7 +154,11 @@ func (r *Relay) Configure(t *balancer.Table, listeners map[netip.AddrPort]*os.Fi
 	if err != nil {
 		return fmt.Errorf("relay: %w", err)
 	}
-	most, err := r.files.connections(len(p.services))
+	listening := len(p.services)
+	if r.retired.Load() {
+		listening = 0
+	}
+	most, err := r.files.connections(listening)
 	if err != nil {
 		return fmt.Errorf("relay: %w", err)
 	}
