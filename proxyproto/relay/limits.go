@@ -22,17 +22,17 @@ const (
 
 // A budget says what the descriptors of the process are for.
 type budget struct {
-	files int // that may be open
-	free  int // for connections and listeners
-	pipes int // of each loop
-	most  int // connections, if not 0
+	limit      int // RLIMIT_NOFILE
+	free       int // for connections and listeners
+	pipes      int // of each loop
+	configured int // connections at most; 0: as many as there is room for
 }
 
-// shareFiles divides files among the pipes of loops and all else. Pipes get an
-// eighth at most, for connections without one still work.
-func shareFiles(files, loops, most int) budget {
-	b := budget{files: files, most: most, pipes: min(loopPipes, files/8/2/loops)}
-	b.free = files - reservedFiles - loops*(loopFiles+2*b.pipes)
+// shareFiles divides as many files as may be open among the pipes of loops and all
+// else. Pipes get an eighth at most, for connections without one still work.
+func shareFiles(limit, loops, configured int) budget {
+	b := budget{limit: limit, configured: configured, pipes: min(loopPipes, limit/8/2/loops)}
+	b.free = limit - reservedFiles - loops*(loopFiles+2*b.pipes)
 	return b
 }
 
@@ -42,11 +42,11 @@ func (b budget) connections(listeners int) (int, error) {
 	n := (b.free - listeners*listenerFiles) / 2
 	switch {
 	case n < 1 && listeners == 0:
-		return 0, fmt.Errorf("%d files may be open, too few for a single connection (raise LimitNOFILE)", b.files)
+		return 0, fmt.Errorf("%d files may be open, too few for a single connection (raise LimitNOFILE)", b.limit)
 	case n < 1:
-		return 0, fmt.Errorf("%d files may be open, too few for %d services and a single connection (raise LimitNOFILE)", b.files, listeners)
-	case b.most > 0:
-		n = min(n, b.most)
+		return 0, fmt.Errorf("%d files may be open, too few for %d services and a single connection (raise LimitNOFILE)", b.limit, listeners)
+	case b.configured > 0:
+		n = min(n, b.configured)
 	}
 	return n, nil
 }

@@ -210,7 +210,7 @@ func (l *loop) enter(index int) {
 	for n := range e.accepts {
 		if !l.relay.admit() {
 			l.shutDoors(0)
-			l.relay.full.complain(l.relay, "as many connections as there may be: new ones wait", zap.Int64("max_connections", l.relay.most.Load()))
+			l.relay.full.complain(l.relay, "as many connections as there may be: new ones wait", zap.Int64("max_connections", l.relay.maxConnections.Load()))
 			return
 		}
 		fd, peer, err := l.kernel.accept(e.fd)
@@ -251,7 +251,7 @@ func (l *loop) turnOneAway(listener int32) {
 // pause stops accepting for a moment, after descriptors ran out.
 func (l *loop) pause() {
 	l.shutDoors(l.machine.now + int64(pause))
-	l.relay.short.complain(l.relay, "out of descriptors: connections are reset", zap.Int64("max_connections", l.relay.most.Load()),
+	l.relay.short.complain(l.relay, "out of descriptors: connections are reset", zap.Int64("max_connections", l.relay.maxConnections.Load()),
 		zap.Int64("connections", l.relay.admitted.Load()))
 }
 

@@ -41,11 +41,11 @@ type Relay struct {
 	files budget
 	epoch time.Time
 
-	admitted atomic.Int64
-	most     atomic.Int64 // connections, beside the listeners that there are
-	retired  atomic.Bool
-	done     chan struct{}
-	finish   func() // closes done, once
+	admitted       atomic.Int64 // connections that there are
+	maxConnections atomic.Int64 // beside the listeners that there are
+	retired        atomic.Bool
+	done           chan struct{}
+	finish         func() // closes done, once
 
 	full, short complaint // of connections, of descriptors
 
@@ -175,10 +175,10 @@ func (r *Relay) Configure(t *balancer.Table, listeners map[netip.AddrPort]*os.Fi
 
 // limit notes how many connections there may be.
 func (r *Relay) limit(most int) {
-	was := r.most.Swap(int64(most))
-	if most < r.files.most && was != int64(most) {
+	was := r.maxConnections.Swap(int64(most))
+	if most < r.files.configured && was != int64(most) {
 		r.log.Warn("fewer connections than configured: open files are limited",
-			zap.Int("configured", r.files.most), zap.Int("max_connections", most), zap.Int("files", r.files.files))
+			zap.Int("configured", r.files.configured), zap.Int("max_connections", most), zap.Int("files", r.files.limit))
 	}
 }
 
@@ -330,7 +330,7 @@ func (r *Relay) clock() int64 { return int64(time.Since(r.epoch)) }
 
 // admit takes a place for a connection, if there is one; leave gives it back.
 func (r *Relay) admit() bool {
-	if r.admitted.Add(1) <= r.most.Load() {
+	if r.admitted.Add(1) <= r.maxConnections.Load() {
 		return true
 	}
 	r.leave()
@@ -346,7 +346,7 @@ func (r *Relay) leave() {
 // hasRoom reports whether it is worth accepting again: listeners would be shut
 // and opened for each single connection otherwise.
 func (r *Relay) hasRoom() bool {
-	most := r.most.Load()
+	most := r.maxConnections.Load()
 	return r.admitted.Load() <= most-max(1, most/20)
 }
 

@@ -55,7 +55,7 @@ func (r *Relay) Stats() Stats {
 	r.mu.Lock()
 	targets := slices.Collect(maps.Values(r.plan.targets))
 	r.mu.Unlock()
-	s := Stats{Connections: uint64(max(0, r.admitted.Load())), MaxConnections: int(r.most.Load())}
+	s := Stats{Connections: uint64(max(0, r.admitted.Load())), MaxConnections: int(r.maxConnections.Load())}
 	sums := make([]TargetStats, len(targets))
 	for _, l := range r.loops {
 		s.addLoop(l, targets, sums)
