@@ -38,8 +38,8 @@ type VirtualService struct {
 	Protocols   []uint8 // IP protocol numbers, ascending
 	Port        uint16
 	IdleTimeout time.Duration // of established TCP flows
-	// Allow holds the client prefixes of the service's family. Empty means
-	// nobody, a zero-length prefix everybody.
+	// Allow holds the client prefixes of the service's family, aggregated (see
+	// Aggregate). Empty means nobody, a zero-length prefix everybody.
 	Allow []netip.Prefix
 	// Pools are chosen from by weight; Sticky chooses by the client's address.
 	Pools  []WeightedPool

@@ -67,7 +67,7 @@ func everything() *balancer.Table {
 			{Name: "web", Address: addr("198.51.100.10"), Protocols: tcp, Port: 80, IdleTimeout: idle, Allow: all4, Pools: one("preserve")},
 			{Name: "web6", Address: addr("2001:db8:77::10"), Protocols: tcp, Port: 80, IdleTimeout: idle, Allow: all6, Pools: one("hairpin")},
 			{Name: "dns", Address: addr("198.51.100.10"), Protocols: []uint8{6, 17}, Port: 53, IdleTimeout: 60 * time.Second,
-				Allow: prefixes("203.0.113.0/24", "203.0.114.0/24", "10.0.0.0/8"), Pools: one("hairpin"), Sticky: true},
+				Allow: prefixes("10.0.0.0/8", "203.0.113.0/24", "203.0.114.0/24"), Pools: one("hairpin"), Sticky: true},
 			{Name: "split", Address: addr("198.51.100.11"), Protocols: udp, Port: 443, Allow: all4, Sticky: true,
 				Pools: []balancer.WeightedPool{{Pool: "snat", Weight: 90}, {Pool: "avoid", Weight: 10}, {Pool: "hairpin", Weight: 0}}},
 			{Name: "none", Address: addr("198.51.100.11"), Protocols: tcp, Port: 81, IdleTimeout: idle, Pools: one("empty")},

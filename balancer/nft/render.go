@@ -485,7 +485,7 @@ func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService,
 	c := &Chain{Name: serviceChain(svc.Name)}
 	rs.addChain(c)
 	if !allowsAll(svc.Allow) {
-		s := &Set{Name: allowName(svc), kind: prefixKinds[f], Elems: prefixElems(balancer.Aggregate(svc.Allow))}
+		s := &Set{Name: allowName(svc), kind: prefixKinds[f], Elems: prefixElems(svc.Allow)}
 		rs.addSet(s)
 		c.Rules = append(c.Rules, allowRule(svc, f))
 	}

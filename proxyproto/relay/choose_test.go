@@ -183,7 +183,7 @@ func TestAllows(t *testing.T) {
 	for _, p := range []string{"203.0.113.0/24", "10.0.0.0/8", "203.0.113.64/26", "192.0.2.1/32"} {
 		allow = append(allow, netip.MustParsePrefix(p))
 	}
-	table.Services[0].Allow = allow
+	table.Services[0].Allow = balancer.Aggregate(allow)
 	p, err := compile(table, nil, 1)
 	if err != nil {
 		t.Fatal(err)

@@ -30,7 +30,7 @@ type plan struct {
 type service struct {
 	vip      netip.AddrPort
 	idle     time.Duration
-	allow    []netip.Prefix // sorted, none within another
+	allow    []netip.Prefix // aggregated
 	allowAll bool
 	sticky   bool
 	shares   []share
@@ -150,7 +150,7 @@ func compile(t *balancer.Table, old *plan, loops int) (*plan, error) {
 func (p *plan) addService(vs *balancer.VirtualService) error {
 	s := &service{
 		vip: netip.AddrPortFrom(vs.Address, vs.Port), idle: vs.IdleTimeout, sticky: vs.Sticky,
-		allow: balancer.Aggregate(vs.Allow), seed: maglev.Seed(p.key, "group"),
+		allow: vs.Allow, seed: maglev.Seed(p.key, "group"),
 	}
 	if p.services[s.vip] != nil {
 		return fmt.Errorf("service %q: another one is at %s too", vs.Name, s.vip)
