@@ -44,17 +44,22 @@ func dial(ctx context.Context, socket string) (link, error) {
 // place at the socket.
 func ownName(socket string, pid int) string { return fmt.Sprintf("%s.%d", socket, pid) }
 
+// newSuffix ends the second name that a worker's control socket has until it takes
+// the place at the path.
+const newSuffix = ".new"
+
 // ownNames are those of all workers that ever were at the socket and whose names
-// nobody removed.
+// nobody removed. One that died before it had its place left two.
 func ownNames(socket string) (names []string) {
 	entries, err := os.ReadDir(filepath.Dir(socket))
 	if err != nil {
 		return nil // no folder, no worker
 	}
 	for _, e := range entries {
-		digits, ok := strings.CutPrefix(e.Name(), filepath.Base(socket)+".")
-		if pid, err := strconv.Atoi(digits); ok && err == nil {
-			names = append(names, ownName(socket, pid))
+		suffix, ok := strings.CutPrefix(e.Name(), filepath.Base(socket))
+		pid, dotted := strings.CutPrefix(strings.TrimSuffix(suffix, newSuffix), ".")
+		if _, err := strconv.ParseUint(pid, 10, 31); ok && dotted && err == nil {
+			names = append(names, socket+suffix)
 		}
 	}
 	return names

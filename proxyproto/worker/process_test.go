@@ -599,6 +599,54 @@ func TestOrphan(t *testing.T) {
 	})
 }
 
+// TestLeftNames: whoever cleans up removes the names of workers that died, and
+// nothing else.
+func TestLeftNames(t *testing.T) {
+	r := newRig(t)
+	leave := func(suffix string) {
+		t.Helper()
+		dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: r.socket + suffix, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dead.SetUnlinkOnClose(false)
+		if err := dead.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Numbers beyond kernel.pid_max are no process's.
+	others := []string{".8000002.old", ".new", ".x", "8000003", ".8000004.new.new", ".-1", ".99999999999"}
+	for _, suffix := range append([]string{".8000000", ".8000000.new", ".08000001"}, others...) {
+		leave(suffix)
+	}
+	names := func() (left []string) {
+		t.Helper()
+		entries, err := filepath.Glob(r.socket + "?*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range entries {
+			if suffix := strings.TrimPrefix(name, r.socket); suffix != ".lock" {
+				left = append(left, suffix)
+			}
+		}
+		return left
+	}
+	slices.Sort(others)
+	converge(t, r.Manager, web(80))
+	own := strings.TrimPrefix(ownName(r.socket, r.hello().PID), r.socket)
+	if d := cmp.Diff(slices.Sorted(slices.Values(append([]string{own}, others...))), names()); d != "" {
+		t.Errorf("after a start (-want +got):\n%s", d)
+	}
+	leave(".8000000.new")
+	if err := Stop(t.Context(), r.socket); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(others, names()); d != "" {
+		t.Errorf("after Stop (-want +got):\n%s", d)
+	}
+}
+
 // TestNoLeak: neither side keeps a file it has no use for.
 func TestNoLeak(t *testing.T) {
 	r := newRig(t)

@@ -274,7 +274,7 @@ func (w *worker) takeOver(ctx context.Context) (*elder, error) {
 // the name it has before.
 func (w *worker) listen() (net.Listener, error) {
 	own := ownName(w.Socket, os.Getpid())
-	temporary := own + ".new"
+	temporary := own + newSuffix
 	for _, name := range []string{own, temporary} {
 		if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
