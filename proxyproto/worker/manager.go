@@ -345,19 +345,12 @@ func (m *Manager) Flows(ctx context.Context) ([]Flow, error) {
 
 // Stop ends the worker at a socket, and those that retire, with all connections,
 // and removes the socket. It returns when the worker has ended, and nil if there
-// was none. No Manager should be running: it would start another.
+// was none. It fails if a worker hangs up but stays, as one does that has as many
+// control connections as it takes. No Manager should be running: it would start
+// another.
 func Stop(ctx context.Context, socket string) error {
-	for {
-		l, err := dial(ctx, socket)
-		if errors.Is(err, ErrNotRunning) {
-			break
-		}
-		if err == nil {
-			err = stop(ctx, l)
-		}
-		if err != nil && !errors.Is(err, ErrNotRunning) {
-			return err
-		}
+	if err := stopAll(ctx, socket); err != nil {
+		return err
 	}
 	var errs []error
 	for _, name := range append(ownNames(socket), socket) {
@@ -368,17 +361,47 @@ func Stop(ctx context.Context, socket string) error {
 	return errors.Join(errs...)
 }
 
-func stop(ctx context.Context, l link) error {
+// stopAll stops whoever answers at the socket, until nobody does.
+func stopAll(ctx context.Context, socket string) error {
+	var hungUp int32 // the process that did last
+	for {
+		l, err := dial(ctx, socket)
+		if errors.Is(err, ErrNotRunning) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		pid, err := stop(ctx, l)
+		switch {
+		case err == nil:
+		case !errors.Is(err, ErrNotRunning):
+			return err
+		case pid == hungUp:
+			// One that leaves closes its door before it hangs up.
+			return fmt.Errorf("stop: relay worker %d hangs up and stays: it may have too many control connections (try again in %s)", pid, quiet)
+		}
+		hungUp = pid
+	}
+}
+
+// stop stops the worker at the other end of l, which it closes, and returns which
+// process that is.
+func stop(ctx context.Context, l link) (pid int32, err error) {
 	defer l.close()
+	peer, err := l.credentials()
+	if err != nil {
+		return 0, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	worker, err := l.process()
 	if err != nil {
-		return err
+		return peer.Pid, err
 	}
 	defer worker.close()
 	if _, err := l.request(ctx, frame{Op: opStop}, nil); err != nil {
-		return err
+		return peer.Pid, err
 	}
-	return worker.wait(ctx)
+	return peer.Pid, worker.wait(ctx)
 }

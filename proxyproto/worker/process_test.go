@@ -647,6 +647,36 @@ func TestLeftNames(t *testing.T) {
 	}
 }
 
+// TestStopIsNotHeard: a worker that hangs up on everybody, as one does that has
+// its fill of control connections, is not asked for ever, and keeps its name.
+func TestStopIsNotHeard(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "relay.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan int)
+	go func() {
+		n := 0
+		for c, err := l.Accept(); err == nil; c, err = l.Accept() {
+			n++
+			_ = c.Close()
+		}
+		asked <- n
+	}()
+	want := fmt.Sprintf("stop: relay worker %d hangs up and stays: it may have too many control connections (try again in 10s)", os.Getpid())
+	if err := Stop(t.Context(), socket); err == nil || err.Error() != want {
+		t.Errorf("error %v\nwant %s", err, want)
+	}
+	if _, err := os.Stat(socket); err != nil {
+		t.Errorf("its name: %v", err)
+	}
+	_ = l.Close()
+	if n := <-asked; n != 2 {
+		t.Errorf("it was asked %d times", n)
+	}
+}
+
 // TestNoLeak: neither side keeps a file it has no use for.
 func TestNoLeak(t *testing.T) {
 	r := newRig(t)
