@@ -32,8 +32,9 @@ type TargetStats struct {
 	// Active connections are being dialed or established.
 	Active uint64
 	// New counts dials; Failed and Answered how they ended, as in
-	// balancer.Outcomes, unless the client or the target's place in the table went
-	// first.
+	// balancer.Outcomes. A dial that ended for another reason is neither: the
+	// client or the target's place in the table went first, or this host had no
+	// free port, descriptor or memory for it.
 	New, Failed, Answered uint64
 	// Bytes were carried in both directions, without headers.
 	Bytes uint64

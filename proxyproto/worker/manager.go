@@ -30,7 +30,8 @@ type ManagerOptions struct {
 	// Output is where the worker's standard output and error go; nil is our
 	// standard error.
 	Output *os.File
-	// Version is ours. A worker of another one is replaced.
+	// Version is ours. A worker of another one is replaced, but only the first of
+	// each version: the program on disk may be of that version for good.
 	Version string
 	Log     *zap.Logger
 }
@@ -278,8 +279,11 @@ func (m *Manager) start(ctx context.Context, takeOver bool) (Hello, error) {
 	defer poll.Stop()
 	for time.Since(begun) < startWithin {
 		hello, err := sayHello(ctx, m.o.Socket)
-		if err == nil && (!takeOver || hello.PID == cmd.Process.Pid) {
+		ours := err == nil && hello.PID == cmd.Process.Pid
+		if ours {
 			m.o.Log.Info("relay worker started", zap.Int("pid", hello.PID), zap.Duration("took", time.Since(begun)))
+		}
+		if ours || err == nil && !takeOver {
 			return hello, nil
 		}
 		select {

@@ -452,6 +452,12 @@ func TestStartMeetsAnother(t *testing.T) {
 	if now := r.hello(); now.PID != before.PID || len(next.sockets) != 1 {
 		t.Errorf("pid %d, before %d; %d sockets", now.PID, before.PID, len(next.sockets))
 	}
+	if now, err := next.start(t.Context(), false); err != nil || now.PID != before.PID {
+		t.Errorf("one that answers at once: %+v, error %v", now, err)
+	}
+	if n := r.logs.FilterMessage("relay worker started").Len(); n != 0 {
+		t.Error("it says that it started somebody else's worker")
+	}
 	if err := visit(t.Context(), 80); err != nil {
 		t.Error(err)
 	}

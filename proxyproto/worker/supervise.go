@@ -20,8 +20,8 @@ const (
 // ends. Then it closes its own ends and returns nil: the worker goes on.
 //
 // A worker that is there at the beginning is adopted. One that died is replaced
-// at once, and later and later if it dies again and again. One of another
-// version is replaced by takeover.
+// at once, and later and later if it dies again and again. The first one of each
+// other version is replaced by takeover; another of the same version stays.
 func (m *Manager) Run(ctx context.Context) error {
 	defer m.close()
 	s := supervisor{Manager: m, tried: make(map[string]bool)}
