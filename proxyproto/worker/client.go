@@ -100,10 +100,16 @@ func (l link) request(ctx context.Context, f frame, files sockets) (message, err
 		return message{}, fmt.Errorf("%s: %s: %w", f.Op, m.Error, ErrNotRunning)
 	case m.Error != "":
 		m.close()
-		return message{}, fmt.Errorf("%s: relay worker: %s", f.Op, m.Error)
+		return message{}, refusal{f.Op, m.Error}
 	}
 	return m, nil
 }
+
+// A refusal is the answer of a worker that does not do what it was asked for. It
+// can be asked again.
+type refusal struct{ op, reason string }
+
+func (r refusal) Error() string { return fmt.Sprintf("%s: relay worker: %s", r.op, r.reason) }
 
 // ask connects, asks one thing and hangs up.
 func ask(ctx context.Context, socket string, f frame, files sockets) (message, error) {

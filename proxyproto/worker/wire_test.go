@@ -264,19 +264,73 @@ func FuzzReceive(f *testing.F) {
 	})
 }
 
-// TestSilentElder: nobody waits for it longer than for those who answer, nor
-// twice, and what it counted counts on.
+// briefly is how long elders in tests are waited for that do not answer.
+const briefly = time.Millisecond
+
+// TestSilentElder: one that does not answer is not asked again, and what it
+// counted counts on.
 func TestSilentElder(t *testing.T) {
 	ours, _ := pair(t)
-	var es elders
-	e := &elder{link: ours, last: Stats{Accepted: 3, Connections: 2}}
-	es.add(e)
-	if _, err := es.ask(t.Context(), e, frame{Op: opStats}); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("error %v", err)
-	}
+	es := elders{waits: elderWaits{answer: briefly, counts: briefly, lost: briefly}, log: zap.NewNop()}
+	es.add(newElder(ours, 7, Stats{Accepted: 3, Connections: 2}))
+	es.configure(frame{Generation: 1})
+	es.wait()
 	if s := es.stats(); s.Accepted != 3 || s.Connections != 0 || len(es.list()) != 0 {
 		t.Errorf("stats %+v, %d elders", s, len(es.list()))
 	}
+}
+
+// TestSlowElder: nobody waits for long for one that is slow to answer, but it
+// follows, to the latest table, and counts.
+func TestSlowElder(t *testing.T) {
+	ours, theirs := pair(t)
+	es := elders{waits: elderWaits{counts: briefly, answer: briefly, lost: waitAtMost}, log: zap.NewNop()}
+	es.add(newElder(ours, 7, Stats{Accepted: 3, Connections: 2}))
+	hears := func(op string, generation uint64) {
+		t.Helper()
+		m, err := theirs.receive(waitAtMost)
+		if err != nil || m.Op != op || m.Generation != generation {
+			t.Fatalf("it was asked for %q of generation %d, error %v; want %q, %d", m.Op, m.Generation, err, op, generation)
+		}
+	}
+	says := func(f frame) {
+		t.Helper()
+		if err := theirs.send(f, nil, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	counts := func(when string, accepted, connections uint64, all int) {
+		t.Helper()
+		if s := es.stats(); s.Accepted != accepted || s.Connections != connections || len(es.list()) != all {
+			t.Errorf("%s: stats %+v, %d elders", when, s, len(es.list()))
+		}
+	}
+
+	es.configure(frame{Generation: 1})
+	hears(opConfigure, 1)
+	counts("it is slow", 3, 2, 1)
+	es.configure(frame{Generation: 2})
+	es.configure(frame{Generation: 3})
+	if infos, links := es.handOver(); len(infos)+len(links) > 0 || len(es.list()) != 1 {
+		t.Errorf("with an answer on its way it was handed over: %+v", infos)
+	}
+	says(frame{})
+	hears(opConfigure, 3)
+	says(frame{Error: "too few files"})
+	es.wait()
+
+	es.waits.counts = waitAtMost
+	answered := make(chan error, 1)
+	go func() {
+		_, err := theirs.receive(waitAtMost)
+		answered <- errors.Join(err, theirs.send(frame{Stats: toWire(Stats{Accepted: 5, Connections: 1})}, nil, nil))
+	}()
+	counts("it refused a table", 5, 1, 1)
+	if err := <-answered; err != nil {
+		t.Error(err)
+	}
+	theirs.close()
+	counts("it is gone", 5, 0, 0)
 }
 
 // TestBequeath: a successor that comes while a table is taken over gets that one,

@@ -122,13 +122,15 @@ func newWorker(o WorkerOptions, e engine) *worker {
 	return &worker{
 		WorkerOptions: o, engine: e, owner: uint32(os.Geteuid()), end: func() {},
 		links: make(map[link]bool), sockets: make(sockets),
+		elders: elders{waits: usualWaits, log: o.Log},
 	}
 }
 
 // run serves until the worker is done.
 func (w *worker) run(ctx context.Context, signals <-chan os.Signal, id identity) error {
 	ctx, w.end = context.WithCancel(ctx)
-	var tasks sync.WaitGroup
+	defer w.elders.wait()
+	var tasks sync.WaitGroup // which ask elders
 	defer tasks.Wait()
 	defer w.elders.close()
 	defer w.hangUp() // which ends the tasks that serve
@@ -267,7 +269,7 @@ func (w *worker) takeOver(ctx context.Context) (*elder, error) {
 			return nil, err
 		}
 	}
-	return &elder{link: l, pid: m.Hello.PID}, nil
+	return newElder(l, m.Hello.PID, Stats{}), nil
 }
 
 // listen puts a new control socket in the place of whatever is there. It keeps
@@ -320,7 +322,7 @@ func (w *worker) configure(m message) error {
 		return err
 	}
 	w.settle(t, m, added)
-	w.elders.configure(m.frame, w.Log)
+	w.elders.configure(m.frame)
 	return nil
 }
 
