@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -333,12 +334,28 @@ func TestSlowElder(t *testing.T) {
 	counts("it is gone", 5, 0, 0)
 }
 
+// A crowdedLock says when somebody has to wait for it.
+type crowdedLock struct {
+	sync.Mutex
+	waits chan struct{}
+}
+
+func (l *crowdedLock) Lock() {
+	if l.TryLock() {
+		return
+	}
+	l.waits <- struct{}{}
+	l.Mutex.Lock()
+}
+
 // TestBequeath: a successor that comes while a table is taken over gets that one,
 // with its sockets.
 func TestBequeath(t *testing.T) {
 	e := &fakeEngine{}
 	w := newWorker(WorkerOptions{Log: zap.NewNop()}, e)
 	t.Cleanup(func() { w.sockets.close() })
+	changing := &crowdedLock{waits: make(chan struct{}, 1)}
+	w.changing = changing
 	answers := make(chan answer, 1)
 	e.configured = func() {
 		go func() {
@@ -352,7 +369,7 @@ func TestBequeath(t *testing.T) {
 		case a := <-answers:
 			t.Error("the successor was answered in the middle of a change")
 			answers <- a
-		case <-time.After(50 * time.Millisecond): // it waits
+		case <-changing.waits:
 		}
 	}
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)

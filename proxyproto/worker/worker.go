@@ -103,7 +103,7 @@ type worker struct {
 	end    context.CancelFunc
 
 	// Requests that change something take turns.
-	changing sync.Mutex
+	changing sync.Locker
 
 	mu         sync.Mutex // guards all below; held for moments only
 	door       net.Listener
@@ -121,7 +121,7 @@ type worker struct {
 func newWorker(o WorkerOptions, e engine) *worker {
 	return &worker{
 		WorkerOptions: o, engine: e, owner: uint32(os.Geteuid()), end: func() {},
-		links: make(map[link]bool), sockets: make(sockets),
+		links: make(map[link]bool), sockets: make(sockets), changing: new(sync.Mutex),
 		elders: elders{waits: usualWaits, log: o.Log},
 	}
 }
