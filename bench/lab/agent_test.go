@@ -294,6 +294,36 @@ func TestHoldFindsBrokenAndMovedFlows(t *testing.T) {
 	}
 }
 
+// Silence takes no longer than the check gives it, whatever the flows were opened
+// with, and they go on after it.
+func TestCheckWithin(t *testing.T) {
+	_, client, target := pair(t)
+	target.serve(t, Serve{Ports: []uint16{8080}})
+	firewall := func(script string) {
+		t.Helper()
+		if out, err := target.Command(t.Context(), "nft", script).CombinedOutput(); err != nil {
+			t.Fatalf("nft: %v\n%s", err, out)
+		}
+	}
+	for _, network := range []string{"tcp", "udp"} {
+		f, err := client.Agent().Hold(soon(t), Call{Network: network, Dst: port(target, 8080), Timeout: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		firewall("table inet deaf { chain input { type filter hook input priority 0; policy drop; }; }")
+		if flows, err := f.CheckWithin(soon(t), 50*time.Millisecond); err != nil || flows[0].Now.Err != Timeout {
+			t.Errorf("%s: %+v, %v; want a timeout", network, flows, err)
+		}
+		firewall("delete table inet deaf")
+		if flows, err := f.Check(soon(t)); err != nil || flows[0].Broken() || flows[0].Moved() {
+			t.Errorf("%s: %+v, %v; want an answer", network, flows, err)
+		}
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestAgentIsReplacedOnceKilled(t *testing.T) {
 	_, client, target := pair(t)
 	target.serve(t, Serve{Ports: []uint16{8080}})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 )
 
 // Flows are long-lived: opened once, then asked again and again.
@@ -38,10 +39,15 @@ func (a *Agent) Hold(ctx context.Context, c Call) (*Flows, error) {
 	return &Flows{opened{a, id}, replies}, nil
 }
 
-// Check asks on every flow at the same time and returns them in their order.
-func (f *Flows) Check(ctx context.Context) ([]Flow, error) {
+// Check asks on every flow at the same time and returns them in their order. Each
+// answer has the time of the Call.
+func (f *Flows) Check(ctx context.Context) ([]Flow, error) { return f.CheckWithin(ctx, 0) }
+
+// CheckWithin is Check with another time for each answer, for callers that expect
+// none and would wait for all of it. 0 is the Call's.
+func (f *Flows) CheckWithin(ctx context.Context, timeout time.Duration) ([]Flow, error) {
 	var now []Reply
-	if _, err := f.agent.ask(ctx, "check", handle{ID: f.id}, &now); err != nil {
+	if _, err := f.agent.ask(ctx, "check", checking{f.id, timeout}, &now); err != nil {
 		return nil, err
 	}
 	flows := make([]Flow, len(now))
@@ -54,6 +60,12 @@ func (f *Flows) Check(ctx context.Context) ([]Flow, error) {
 // Broken are the flows that Broken or Moved holds for.
 func Broken(flows []Flow) []Flow {
 	return slices.DeleteFunc(slices.Clone(flows), func(f Flow) bool { return !f.Broken() && !f.Moved() })
+}
+
+// checking asks for a check of the flows with that id.
+type checking struct {
+	ID      uint64        `json:"id"`
+	Timeout time.Duration `json:"timeout,omitempty"` // default: as they were opened with
 }
 
 // held is the flows of one Hold.
@@ -88,18 +100,22 @@ func (s *server) hold(ctx context.Context, id uint64, c Call) ([]Reply, error) {
 	return h.last, nil
 }
 
-func (s *server) check(_ context.Context, _ uint64, o handle) ([]Reply, error) {
+func (s *server) check(_ context.Context, _ uint64, o checking) ([]Reply, error) {
 	h, err := kept[*held](s, o.ID)
 	if err != nil {
 		return nil, err
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	timeout := h.Timeout
+	if o.Timeout > 0 {
+		timeout = o.Timeout
+	}
 	// A new slice: the last answer may still be on its way out.
 	now := slices.Clone(h.last)
 	inParallel(len(now), len(now), func(i int) {
 		if f := h.flows[i]; f != nil {
-			now[i] = f.exchange(true, h.Timeout)
+			now[i] = f.exchange(true, timeout)
 		}
 	})
 	h.last = now
