@@ -1,14 +1,17 @@
 package nft
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -18,6 +21,29 @@ import (
 	"nlb/balancer"
 	"nlb/bench/lab"
 )
+
+// TestCompanion shows with packets what the rules do beside IPVS, all on one site:
+// to build one takes an emulated machine longer than most of what is shown there.
+func TestCompanion(t *testing.T) {
+	s := newDirected(t)
+	for name, show := range map[string]func(*testing.T, *directed){
+		"modes":               companionModes,
+		"hairpins":            companionHairpins,
+		"local client":        companionLocalClient,
+		"guards":              companionGuards,
+		"no target":           companionNoTarget,
+		"unknown destination": companionUnknownDestination,
+		"local destination":   companionLocalDestination,
+		"relays":              companionRelays,
+		"terminates":          companionTerminates,
+		"takes over flows":    companionTakesOverFlows,
+		"leaves relayed":      companionLeavesRelayedFlows,
+		"forgotten flows":     companionForgottenFlows,
+		"outcomes":            companionOutcomes,
+	} {
+		t.Run(name, func(t *testing.T) { show(t, s.as(t)) })
+	}
+}
 
 // A directed site has a balancer where IPVS chooses: clients beyond a router, two
 // targets, and a program on the balancer itself that answers on the same ports as
@@ -31,6 +57,10 @@ type directed struct {
 const (
 	directedPort = 80   // of each service
 	answering    = 8080 // of each target
+
+	// silence is how long nobody answers where somebody could: longer than an answer
+	// takes, and shorter than the second after which a SYN is repeated (RFC 6298, 2).
+	silence = 700 * time.Millisecond
 )
 
 func newDirected(t *testing.T) *directed {
@@ -68,11 +98,56 @@ func newDirected(t *testing.T) *directed {
 	return s
 }
 
+// as is the site for a test, after which nobody knows a flow or a service.
+func (s *directed) as(t *testing.T) *directed {
+	other := *s
+	other.t = t
+	t.Cleanup(other.forget)
+	return &other
+}
+
+// forget removes all services, with them what IPVS knows of flows
+// (expire_nodest_conn), and then all entries. What is left of a flow would take
+// another one for its own that a client begins with the same port.
+func (s *directed) forget() {
+	s.t.Helper()
+	s.ipvs("-C")
+	expired := time.After(patience)
+	for header := 2; ; { // lines
+		left := s.lb("ipvsadm", "-Lnc")
+		if strings.Count(left, "\n") <= header {
+			break
+		}
+		select {
+		case <-expired:
+			s.t.Fatalf("IPVS knows flows without a service:\n%s", left)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	s.lb("conntrack", "-F")
+}
+
+// ipvs has ipvsadm do what the lines say.
+func (s *directed) ipvs(lines ...string) {
+	s.t.Helper()
+	s.feed(strings.Join(lines, "\n")+"\n", "ipvsadm", "-R")
+}
+
+// lb runs a program on the balancer.
 func (s *directed) lb(name string, args ...string) string {
 	s.t.Helper()
+	return s.feed("", name, args...)
+}
+
+// feed runs a program on the balancer that reads what it is fed. It has a context of
+// its own because it is used when a test is over.
+func (s *directed) feed(input, name string, args ...string) string {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
 	var said strings.Builder
-	cmd := s.LB.Command(s.t.Context(), name, args...)
-	cmd.Stderr = &said
+	cmd := s.LB.Command(ctx, name, args...)
+	cmd.Stdin, cmd.Stderr = strings.NewReader(input), &said
 	out, err := cmd.Output()
 	if err != nil {
 		s.t.Fatalf("%s %s: %v\n%s%s", name, strings.Join(args, " "), err, out, &said)
@@ -105,14 +180,15 @@ func (s *directed) table(mode balancer.ClientIP, nodes ...*lab.Node) *balancer.T
 // destinations, and then nftables the table.
 func (s *directed) direct(t *balancer.Table, further ...netip.AddrPort) {
 	s.t.Helper()
-	s.lb("ipvsadm", "-C")
-	for _, svc := range t.Services {
+	lines := []string{"-C"}
+	for i := range t.Services {
+		svc := &t.Services[i]
 		for _, proto := range svc.Protocols {
-			service := []string{map[uint8]string{balancer.ProtoTCP: "-t", balancer.ProtoUDP: "-u"}[proto], netip.AddrPortFrom(svc.Address, svc.Port).String()}
-			s.lb("ipvsadm", append(append([]string{"-A"}, service...), "-s", "mh", "-b", "mh-fallback,mh-port")...)
+			service := virtualService(proto, netip.AddrPortFrom(svc.Address, svc.Port))
+			lines = append(lines, "-A "+service+" -s mh -b mh-fallback,mh-port")
 			add := func(to netip.AddrPort, weight int) {
 				if to.Addr().BitLen() == svc.Address.BitLen() {
-					s.lb("ipvsadm", append(append([]string{"-a"}, service...), "-r", to.String(), "-m", "-w", strconv.Itoa(weight))...)
+					lines = append(lines, fmt.Sprintf("-a %s -r %v -m -w %d", service, to, weight))
 				}
 			}
 			for i := range t.Pools {
@@ -127,7 +203,13 @@ func (s *directed) direct(t *balancer.Table, further ...netip.AddrPort) {
 			}
 		}
 	}
+	s.ipvs(lines...)
 	s.apply(t)
+}
+
+// virtualService is a service as ipvsadm writes it.
+func virtualService(proto uint8, at netip.AddrPort) string {
+	return map[uint8]string{balancer.ProtoTCP: "-t ", balancer.ProtoUDP: "-u "}[proto] + at.String()
 }
 
 func (s *directed) apply(t *balancer.Table) {
@@ -168,11 +250,20 @@ func (l lane) target(n *lab.Node) netip.AddrPort { return netip.AddrPortFrom(l.o
 
 func (l lane) once() lab.Call { return lab.Call{Network: l.network, Dst: l.service()} }
 
-// quiesce takes a node's weight in the service.
-func (s *directed) quiesce(l lane, n *lab.Node) {
+func (l lane) proto() uint8 {
+	return map[string]uint8{"tcp": balancer.ProtoTCP, "udp": balancer.ProtoUDP}[l.network]
+}
+
+// quiesce takes the nodes' weights in all services.
+func (s *directed) quiesce(nodes ...*lab.Node) {
 	s.t.Helper()
-	service := map[string]string{"tcp": "-t", "udp": "-u"}[l.network]
-	s.lb("ipvsadm", "-e", service, l.service().String(), "-r", l.target(n).String(), "-m", "-w", "0")
+	var lines []string
+	for _, l := range lanes {
+		for _, n := range nodes {
+			lines = append(lines, fmt.Sprintf("-e %s -r %v -m -w 0", virtualService(l.proto(), l.service()), l.target(n)))
+		}
+	}
+	s.ipvs(lines...)
 }
 
 func (l lane) of(n *lab.Node) netip.Addr {
@@ -203,16 +294,34 @@ func names(nodes []*lab.Node) (out []string) {
 	return out
 }
 
-// refused wants nobody to answer, not even by an error, and the counter to say why.
-func (s *directed) refused(what, counter string, from *lab.Node, c lab.Call) {
+// refused makes calls, all at a time. It wants nobody to answer any, not even by an
+// error, and the counter to say why.
+func (s *directed) refused(what, counter string, from *lab.Node, calls ...lab.Call) {
 	s.t.Helper()
 	before := s.events().Totals[counter]
-	if tally := lab.Count(s.calls(from, c)); tally.ByErr[lab.Timeout] != max(c.N, 1) {
-		s.t.Errorf("%s: %v, want silence\n%s", what, tally, s.state())
+	replies, errs := make([][]lab.Reply, len(calls)), make([]error, len(calls))
+	var wg sync.WaitGroup
+	for i, c := range calls {
+		c.Timeout = silence
+		wg.Go(func() { replies[i], errs[i] = from.Agent().Call(s.t.Context(), c) })
 	}
-	if after := s.events().Totals[counter]; after < before+uint64(max(c.N, 1)) {
-		s.t.Errorf("%s: %s went from %d to %d\n%s", what, counter, before, after, s.state())
+	wg.Wait()
+	for i, c := range calls {
+		if tally := lab.Count(replies[i]); errs[i] != nil || tally.ByErr[lab.Timeout] != 1 {
+			s.t.Errorf("%s: %s %v: %v, %v, want silence\n%s", what, c.Network, c.Dst, tally, errs[i], s.state())
+		}
 	}
+	if after := s.events().Totals[counter]; after < before+uint64(len(calls)) {
+		s.t.Errorf("%s: %s went from %d to %d for %d calls\n%s", what, counter, before, after, len(calls), s.state())
+	}
+}
+
+// everyLane is a call of each kind to a port of the VIPs.
+func everyLane(port uint16) (calls []lab.Call) {
+	for _, l := range lanes {
+		calls = append(calls, lab.Call{Network: l.network, Dst: netip.AddrPortFrom(l.vip, port)})
+	}
+	return calls
 }
 
 func (s *directed) events() Events {
@@ -260,38 +369,38 @@ func (s *directed) marks(l lane) map[string]int {
 
 // Flows go to all targets, which see who calls or the balancer, and their entries
 // name the target that they went to.
-func TestCompanionModes(t *testing.T) {
-	s := newDirected(t)
+func companionModes(t *testing.T, s *directed) {
 	for _, mode := range []balancer.ClientIP{balancer.Preserve, balancer.HairpinSNAT, balancer.SNAT} {
-		s.lb("conntrack", "-F")
-		s.direct(s.table(mode, s.Targets...))
-		before := s.events()
-		for _, l := range lanes {
-			const n = 24
-			what := fmt.Sprintf("%v %v", mode, l)
-			replies := s.call(s.Clients[0], l, n)
-			peer := l.of(s.Clients[0])
-			if mode == balancer.SNAT {
-				peer = l.of(s.LB)
-			}
-			s.want(what, replies, peer, s.Targets...)
-			want := map[string]int{}
-			for who, n := range lab.Count(replies).ByWho {
-				want[l.target(s.node(who)).String()] = n
-			}
-			if diff := cmp.Diff(want, s.marks(l)); diff != "" {
-				t.Errorf("%s: targets in the marks:\n%s", what, diff)
-			}
-			after := s.events()
-			for _, target := range s.Targets {
-				key := balancer.TargetKey{Group: "web", AddrPort: l.target(target)}
-				got := after.NewFlows[key] - before.NewFlows[key]
-				if got != uint64(want[key.AddrPort.String()]) {
-					t.Errorf("%s: %v has %d new flows, want %d", what, key, got, want[key.AddrPort.String()])
-				}
-			}
-			before = after
+		t.Run(mode.String(), func(t *testing.T) { s.as(t).mode(mode) })
+	}
+}
+
+func (s *directed) mode(mode balancer.ClientIP) {
+	s.direct(s.table(mode, s.Targets...))
+	before := s.events()
+	for _, l := range lanes {
+		replies := s.call(s.Clients[0], l, 24) // one of two targets is never met: 1 in 8 million
+		peer := l.of(s.Clients[0])
+		if mode == balancer.SNAT {
+			peer = l.of(s.LB)
 		}
+		s.want(l.String(), replies, peer, s.Targets...)
+		want := map[string]int{}
+		for who, n := range lab.Count(replies).ByWho {
+			want[l.target(s.node(who)).String()] = n
+		}
+		if diff := cmp.Diff(want, s.marks(l)); diff != "" {
+			s.t.Errorf("%v: targets in the marks:\n%s", l, diff)
+		}
+		after := s.events()
+		for _, target := range s.Targets {
+			key := balancer.TargetKey{Group: "web", AddrPort: l.target(target)}
+			got := after.NewFlows[key] - before.NewFlows[key]
+			if got != uint64(want[key.AddrPort.String()]) {
+				s.t.Errorf("%v: %v has %d new flows, want %d", l, key, got, want[key.AddrPort.String()])
+			}
+		}
+		before = after
 	}
 }
 
@@ -306,29 +415,31 @@ func (s *directed) node(name string) *lab.Node {
 }
 
 // A client that is its own target is sourced from here, or counted and dropped.
-func TestCompanionHairpins(t *testing.T) {
-	s := newDirected(t)
+func companionHairpins(t *testing.T, s *directed) {
 	self := s.Targets[0]
+	s.direct(s.table(balancer.HairpinSNAT, self))
 	for _, l := range lanes {
-		s.direct(s.table(balancer.HairpinSNAT, self))
 		before := s.events().Totals[counterHairpinned]
 		s.want(fmt.Sprintf("hairpin_snat %v", l), s.call(self, l, 3), l.of(s.LB), self)
 		if n := s.events().Totals[counterHairpinned] - before; n != 3 {
 			t.Errorf("%v: %d hairpins, want 3", l, n)
 		}
 		s.want(fmt.Sprintf("no hairpin %v", l), s.call(s.Targets[1], l, 3), l.of(s.Targets[1]), self)
-		avoid := s.table(balancer.Preserve, self)
-		avoid.Pools[0].AvoidSelf = true
-		s.direct(avoid)
-		s.want(fmt.Sprintf("avoid_self %v", l), s.call(self, l, 3), l.of(s.LB), self)
-		s.direct(s.table(balancer.Preserve, self))
-		s.refused(fmt.Sprintf("preserve %v", l), counterHairpin, self, l.once())
 	}
+	s.forget()
+	avoid := s.table(balancer.Preserve, self)
+	avoid.Pools[0].AvoidSelf = true
+	s.direct(avoid)
+	for _, l := range lanes {
+		s.want(fmt.Sprintf("avoid_self %v", l), s.call(self, l, 3), l.of(s.LB), self)
+	}
+	s.forget()
+	s.direct(s.table(balancer.Preserve, self))
+	s.refused("preserve", counterHairpin, self, everyLane(directedPort)...)
 }
 
 // A client on the balancer would be seen under the VIP.
-func TestCompanionLocalClient(t *testing.T) {
-	s := newDirected(t)
+func companionLocalClient(t *testing.T, s *directed) {
 	s.direct(s.table(balancer.Preserve, s.Targets[0]))
 	for _, l := range lanes {
 		s.want(l.String(), s.call(s.LB, l, 3), l.of(s.LB), s.Targets[0])
@@ -340,64 +451,55 @@ func TestCompanionLocalClient(t *testing.T) {
 
 // A VIP shows nothing of the host, and only services to those who are allowed,
 // whatever IPVS has.
-func TestCompanionGuards(t *testing.T) {
-	s := newDirected(t)
+func companionGuards(t *testing.T, s *directed) {
 	table := s.table(balancer.Preserve, s.Targets[0])
 	for i := range table.Services {
 		a := lane{vip: table.Services[i].Address}.of(s.Clients[0])
 		table.Services[i].Allow = []netip.Prefix{netip.PrefixFrom(a, a.BitLen())}
 	}
 	s.direct(table)
+	s.refused("not allowed", counterNotAllowed, s.Clients[1], everyLane(directedPort)...)
+	s.refused("no listener", counterUnwanted, s.Clients[0], everyLane(22)...)
 	for _, l := range lanes {
-		service := l.once()
-		s.refused(fmt.Sprintf("not allowed %v", l), counterNotAllowed, s.Clients[1], service)
-		s.refused(fmt.Sprintf("no listener %v", l), counterUnwanted, s.Clients[0],
-			lab.Call{Network: l.network, Dst: netip.AddrPortFrom(l.vip, 22)})
 		s.want(fmt.Sprintf("allowed %v", l), s.call(s.Clients[0], l, 2), l.of(s.Clients[0]), s.Targets[0])
 	}
 	// Somebody has removed what IPVS had. The host listens on the port itself.
-	s.lb("ipvsadm", "-C")
-	for _, l := range lanes {
-		s.refused(fmt.Sprintf("no service %v", l), counterNoTarget, s.Clients[0],
-			l.once())
-	}
+	s.ipvs("-C")
+	s.refused("no service", counterNoTarget, s.Clients[0], everyLane(directedPort)...)
 	// The same with a flow that there is already.
-	s.lb("conntrack", "-F")
+	s.forget()
 	s.direct(table)
-	held := s.hold(s.Clients[0], lanes...)
-	s.lb("ipvsadm", "-C")
+	held := s.hold(s.Clients[0], few, lanes...)
+	s.ipvs("-C")
+	before := s.events().Totals[counterNoTarget]
 	s.broken("without a service", held, lab.Timeout)
+	if asked, n := uint64(len(lanes)*few), s.events().Totals[counterNoTarget]-before; n < asked {
+		t.Errorf("without a service: %s rose by %d for %d questions", counterNoTarget, n, asked)
+	}
 }
 
 // Where nobody can take a flow, IPVS is not asked, which would answer.
-func TestCompanionNoTarget(t *testing.T) {
-	s := newDirected(t)
+func companionNoTarget(t *testing.T, s *directed) {
 	table := s.table(balancer.Preserve, s.Targets[0])
 	for i := range table.Pools[0].Destinations {
 		table.Pools[0].Destinations[i].Weight = 0
 	}
 	s.direct(table)
-	for _, l := range lanes {
-		s.refused(l.String(), counterNoTarget, s.Clients[0], l.once())
-	}
+	s.refused("no weight", counterNoTarget, s.Clients[0], everyLane(directedPort)...)
 }
 
 // What somebody else adds to a service of ours gets no flow.
-func TestCompanionUnknownDestination(t *testing.T) {
-	s := newDirected(t)
+func companionUnknownDestination(t *testing.T, s *directed) {
 	for _, stranger := range []*lab.Node{s.Targets[1], s.LB} {
 		table := s.table(balancer.Preserve, s.Targets[0])
 		s.direct(table, netip.AddrPortFrom(stranger.Addr4, answering), netip.AddrPortFrom(stranger.Addr6, answering))
-		for _, l := range lanes {
-			s.quiesce(l, s.Targets[0])
-			s.refused(stranger.Name+" "+l.String(), counterNoTarget, s.Clients[0], l.once())
-		}
+		s.quiesce(s.Targets[0])
+		s.refused(stranger.Name, counterNoTarget, s.Clients[0], everyLane(directedPort)...)
 	}
 }
 
 // A destination on the balancer itself is a target like others.
-func TestCompanionLocalDestination(t *testing.T) {
-	s := newDirected(t)
+func companionLocalDestination(t *testing.T, s *directed) {
 	s.direct(s.table(balancer.Preserve, s.LB))
 	for _, l := range lanes {
 		for _, from := range []*lab.Node{s.Clients[0], s.Targets[0]} {
@@ -429,8 +531,7 @@ func (s *directed) relaying(t *balancer.Table) *balancer.Table {
 
 // A service's own address, as a destination, is the relay, if the service relays.
 // Else it is nobody.
-func TestCompanionRelays(t *testing.T) {
-	s := newDirected(t)
+func companionRelays(t *testing.T, s *directed) {
 	relay := []netip.AddrPort{netip.AddrPortFrom(lab.VIP4, directedPort), netip.AddrPortFrom(lab.VIP6, directedPort)}
 	s.direct(s.relaying(s.table(balancer.SNAT, s.Targets[0])), relay...)
 	for _, l := range []lane{lanes[0], lanes[2]} {
@@ -446,10 +547,8 @@ func TestCompanionRelays(t *testing.T) {
 		}
 	}
 	s.direct(s.table(balancer.SNAT), relay...)
-	for _, l := range lanes {
-		s.refused(l.String(), counterNoTarget, s.Clients[0], l.once())
-	}
-	s.lb("ipvsadm", "-C")
+	s.refused("no relay", counterNoTarget, s.Clients[0], everyLane(directedPort)...)
+	s.forget()
 	only := s.relaying(s.table(balancer.SNAT, s.Targets[0]))
 	for i := range only.Services {
 		only.Services[i].Pools = only.Services[i].Pools[:1]
@@ -460,16 +559,24 @@ func TestCompanionRelays(t *testing.T) {
 	}
 }
 
-// hold opens flows, some in each lane.
-func (s *directed) hold(from *lab.Node, lanes ...lane) (all []*lab.Flows) {
+// few is how many flows are enough where it does not matter who has them.
+const few = 4
+
+// hold opens so many flows in each lane, which end with the test.
+func (s *directed) hold(from *lab.Node, each int, lanes ...lane) (all []*lab.Flows) {
 	s.t.Helper()
 	for _, l := range lanes {
 		c := l.once()
-		c.N, c.Parallel, c.Timeout = 4, 4, patience/2
+		c.N, c.Parallel, c.Timeout = each, each, patience
 		f, err := from.Agent().Hold(s.t.Context(), c)
 		if err != nil {
 			s.t.Fatal(err)
 		}
+		s.t.Cleanup(func() {
+			if err := f.Close(); err != nil {
+				s.t.Error(err)
+			}
+		})
 		if tally := lab.Count(f.Opened); tally.Failed > 0 {
 			s.t.Fatalf("%v: %v\n%s", l, tally, s.state())
 		}
@@ -478,197 +585,189 @@ func (s *directed) hold(from *lab.Node, lanes ...lane) (all []*lab.Flows) {
 	return all
 }
 
-func (s *directed) check(f *lab.Flows) []lab.Flow {
+// check asks on all flows at a time.
+func (s *directed) check(held []*lab.Flows, timeout time.Duration) (all []lab.Flow) {
 	s.t.Helper()
-	flows, err := f.Check(s.t.Context())
-	if err != nil {
+	flows, errs := make([][]lab.Flow, len(held)), make([]error, len(held))
+	var wg sync.WaitGroup
+	for i, h := range held {
+		wg.Go(func() { flows[i], errs[i] = h.CheckWithin(s.t.Context(), timeout) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
 		s.t.Fatal(err)
 	}
-	return flows
+	return slices.Concat(flows...)
 }
 
 // alive wants the flows to go on where they are.
 func (s *directed) alive(what string, held []*lab.Flows) {
 	s.t.Helper()
-	for _, h := range held {
-		for _, f := range s.check(h) {
-			if f.Broken() || f.Moved() {
-				s.t.Errorf("%s: %v to %s is now %q at %q\n%s", what, f.First.From, f.First.Who, f.Now.Err, f.Now.Who, s.state())
-			}
+	for _, f := range s.check(held, patience) {
+		if f.Broken() || f.Moved() {
+			s.t.Errorf("%s: %v to %s is now %q at %q\n%s", what, f.First.From, f.First.Who, f.Now.Err, f.Now.Who, s.state())
 		}
 	}
 }
 
-// broken wants the flows to fail in one way.
+// broken wants the flows to fail in one way, or not at all.
 func (s *directed) broken(what string, held []*lab.Flows, err string) {
 	s.t.Helper()
-	for _, h := range held {
-		for _, f := range s.check(h) {
-			if f.Now.Err != err {
-				s.t.Errorf("%s: %v to %s is now %q at %q, want %q\n%s", what, f.First.From, f.First.Who, f.Now.Err, f.Now.Who, err, s.state())
-			}
+	timeout := patience
+	if err == lab.Timeout {
+		timeout = silence
+	}
+	for _, f := range s.check(held, timeout) {
+		if f.Now.Err != err {
+			s.t.Errorf("%s: %v to %s is now %q at %q, want %q\n%s", what, f.First.From, f.First.Who, f.Now.Err, f.Now.Who, err, s.state())
 		}
 	}
 }
 
 // The flows of a target that is cut off end for both; the others go on.
-func TestCompanionTerminates(t *testing.T) {
-	s := newDirected(t)
-	tcp := []lane{lanes[0], lanes[2]}
+func companionTerminates(t *testing.T, s *directed) {
 	for _, mode := range []balancer.ClientIP{balancer.Preserve, balancer.SNAT} {
-		table := s.table(mode, s.Targets...)
-		s.direct(table)
-		held := s.hold(s.Clients[0], tcp...)
-		captures := map[*lab.Node]*lab.Capture{}
-		for _, n := range s.Targets {
-			c, err := n.Agent().Capture(t.Context(), "eth0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			captures[n] = c
+		t.Run(mode.String(), func(t *testing.T) { s.as(t).terminates(mode) })
+	}
+}
+
+func (s *directed) terminates(mode balancer.ClientIP) {
+	table := s.table(mode, s.Targets...)
+	s.direct(table)
+	held := s.hold(s.Clients[0], 12, lanes[0], lanes[2]) // one of two targets has none: 1 in 8 million
+	captures := map[*lab.Node]*lab.Capture{}
+	for _, n := range s.Targets {
+		c, err := n.Agent().Capture(s.t.Context(), "eth0")
+		if err != nil {
+			s.t.Fatal(err)
 		}
-		ended := s.Targets[0]
-		for i := range table.Pools[0].Destinations {
-			d := &table.Pools[0].Destinations[i]
-			if d.Address == ended.Addr4 || d.Address == ended.Addr6 {
-				d.Weight, d.Terminate = 0, true
-			}
+		captures[n] = c
+	}
+	ended := s.Targets[0]
+	for i := range table.Pools[0].Destinations {
+		d := &table.Pools[0].Destinations[i]
+		if d.Address == ended.Addr4 || d.Address == ended.Addr6 {
+			d.Weight, d.Terminate = 0, true
 		}
-		s.apply(table)
-		var cut int
-		for _, h := range held {
-			for _, f := range s.check(h) {
-				switch {
-				case f.First.Who != ended.Name && (f.Broken() || f.Moved()):
-					t.Errorf("%v: a flow of %s is now %q\n%s", mode, f.First.Who, f.Now.Err, s.state())
-				case f.First.Who == ended.Name && f.Now.Err != lab.Reset:
-					t.Errorf("%v: a flow of %s is now %q, want %q\n%s", mode, f.First.Who, f.Now.Err, lab.Reset, s.state())
-				case f.First.Who == ended.Name:
-					cut++
-				}
-			}
+	}
+	s.apply(table)
+	var cut int
+	for _, f := range s.check(held, patience) {
+		switch {
+		case f.First.Who != ended.Name && (f.Broken() || f.Moved()):
+			s.t.Errorf("a flow of %s is now %q\n%s", f.First.Who, f.Now.Err, s.state())
+		case f.First.Who == ended.Name && f.Now.Err != lab.Reset:
+			s.t.Errorf("a flow of %s is now %q, want %q\n%s", f.First.Who, f.Now.Err, lab.Reset, s.state())
+		case f.First.Who == ended.Name:
+			cut++
 		}
-		if cut == 0 {
-			t.Fatalf("%v: no flow was %s's", mode, ended.Name)
+	}
+	if cut == 0 {
+		s.t.Fatalf("no flow was %s's", ended.Name)
+	}
+	for n, c := range captures {
+		seen, err := c.Packets(s.t.Context(), func(p lab.Packet) bool { return p.Flags&lab.RST != 0 })
+		if err != nil || n != ended && len(seen) > 0 {
+			s.t.Errorf("%s saw %v, %v", n.Name, seen, err)
 		}
-		for n, c := range captures {
-			seen, err := c.Packets(t.Context(), func(p lab.Packet) bool { return p.Flags&lab.RST != 0 })
-			if err != nil || n != ended && len(seen) > 0 {
-				t.Errorf("%v: %s saw %v, %v", mode, n.Name, seen, err)
-			}
-			if err := c.Close(); err != nil {
-				t.Error(err)
-			}
+		if err := c.Close(); err != nil {
+			s.t.Error(err)
 		}
-		for _, h := range held {
-			if err := h.Close(); err != nil {
-				t.Error(err)
-			}
-		}
-		s.lb("conntrack", "-F")
 	}
 }
 
 // Who chooses changes under the flows of both, which stay where they are; new ones
 // are the other's. UDP flows of IPVS end, and begin anew when they are forgotten.
-func TestCompanionTakesOverFlows(t *testing.T) {
-	s := newDirected(t)
+func companionTakesOverFlows(t *testing.T, s *directed) {
 	for _, mode := range []balancer.ClientIP{balancer.Preserve, balancer.SNAT} {
-		with, without := s.table(mode, s.Targets...), s.table(mode, s.Targets...)
-		without.Dataplane = balancer.NFTables
-		s.lb("ipvsadm", "-C")
-		s.apply(without)
-		rules := s.hold(s.Clients[0], lanes...)
-		s.direct(with)
-		s.alive(fmt.Sprintf("%v: of nftables under IPVS", mode), rules)
-		served := s.hold(s.Clients[1], lanes...)
-		s.alive(fmt.Sprintf("%v: of IPVS", mode), served)
-		// IPVS lingers, without weight.
-		for _, l := range lanes {
-			for _, n := range s.Targets {
-				s.quiesce(l, n)
-			}
+		t.Run(mode.String(), func(t *testing.T) { s.as(t).takesOver(mode) })
+	}
+}
+
+func (s *directed) takesOver(mode balancer.ClientIP) {
+	with, without := s.table(mode, s.Targets...), s.table(mode, s.Targets...)
+	without.Dataplane = balancer.NFTables
+	s.apply(without)
+	rules := s.hold(s.Clients[0], few, lanes...)
+	s.direct(with)
+	s.alive("of nftables under IPVS", rules)
+	served := s.hold(s.Clients[1], few, lanes...)
+	s.alive("of IPVS", served)
+	s.quiesce(s.Targets...) // IPVS lingers
+	s.apply(without)
+	s.alive("of nftables under nftables", rules)
+	s.alive("of IPVS under nftables", []*lab.Flows{served[0], served[2]})
+	udp := []*lab.Flows{served[1], served[3]}
+	s.broken("of IPVS under nftables", udp, lab.Timeout)
+	s.lb("conntrack", "-D", "-p", "udp")
+	s.broken("forgotten under nftables", udp, "")
+	for _, l := range lanes {
+		if tally := lab.Count(s.call(s.Clients[0], l, 8)); tally.Failed > 0 {
+			s.t.Errorf("%v: %v\n%s", l, tally, s.state())
 		}
-		s.apply(without)
-		s.alive(fmt.Sprintf("%v: of nftables under nftables", mode), rules)
-		s.alive(fmt.Sprintf("%v: of IPVS under nftables", mode), []*lab.Flows{served[0], served[2]})
-		udp := []*lab.Flows{served[1], served[3]}
-		s.broken(fmt.Sprintf("%v: of IPVS under nftables", mode), udp, lab.Timeout)
-		s.lb("conntrack", "-D", "-p", "udp")
-		s.broken(fmt.Sprintf("%v: forgotten under nftables", mode), udp, "")
-		for _, l := range lanes {
-			if tally := lab.Count(s.call(s.Clients[0], l, 8)); tally.Failed > 0 {
-				t.Errorf("%v %v: %v\n%s", mode, l, tally, s.state())
-			}
-		}
-		for _, h := range append(rules, served...) {
-			if err := h.Close(); err != nil {
-				t.Error(err)
-			}
-		}
-		s.lb("conntrack", "-F")
 	}
 }
 
 // Connections of the relay stay with it when IPVS gets their service: it schedules
 // nothing but what begins (sloppy_tcp=0).
-func TestCompanionLeavesRelayedFlows(t *testing.T) {
-	s := newDirected(t)
+func companionLeavesRelayedFlows(t *testing.T, s *directed) {
 	only := s.relaying(s.table(balancer.SNAT, s.Targets[0]))
 	for i := range only.Services {
 		only.Services[i].Pools = only.Services[i].Pools[:1]
 	}
 	s.apply(only)
-	held := s.hold(s.Clients[0], lanes[0], lanes[2])
+	held := s.hold(s.Clients[0], few, lanes[0], lanes[2])
 	s.direct(s.relaying(s.table(balancer.SNAT, s.Targets[0])), netip.AddrPortFrom(lab.VIP4, directedPort), netip.AddrPortFrom(lab.VIP6, directedPort))
 	s.alive("IPVS came", held)
 }
 
 // Flows that conntrack has forgotten go on, and are known again.
-func TestCompanionForgottenFlows(t *testing.T) {
-	s := newDirected(t)
+func companionForgottenFlows(t *testing.T, s *directed) {
 	for _, mode := range []balancer.ClientIP{balancer.Preserve, balancer.SNAT} {
-		s.direct(s.table(mode, s.Targets...))
-		held := s.hold(s.Clients[0], lanes...)
-		var before []map[string]int
-		for _, l := range lanes {
-			before = append(before, s.marks(l))
+		t.Run(mode.String(), func(t *testing.T) { s.as(t).forgotten(mode) })
+	}
+}
+
+func (s *directed) forgotten(mode balancer.ClientIP) {
+	s.direct(s.table(mode, s.Targets...))
+	held := s.hold(s.Clients[0], few, lanes...)
+	var before []map[string]int
+	for _, l := range lanes {
+		before = append(before, s.marks(l))
+	}
+	s.lb("conntrack", "-F")
+	s.alive("forgotten", held)
+	for i, l := range lanes {
+		if diff := cmp.Diff(before[i], s.marks(l)); diff != "" {
+			s.t.Errorf("%v: targets in the marks:\n%s", l, diff)
 		}
-		s.lb("conntrack", "-F")
-		s.alive(fmt.Sprintf("%v: forgotten", mode), held)
-		for i, l := range lanes {
-			if diff := cmp.Diff(before[i], s.marks(l)); diff != "" {
-				t.Errorf("%v %v: targets in the marks:\n%s", mode, l, diff)
-			}
-		}
-		for _, h := range held {
-			if err := h.Close(); err != nil {
-				t.Error(err)
-			}
-		}
-		s.lb("conntrack", "-F")
 	}
 }
 
 // How flows begin is counted once, though their packets pass two filters of ours.
-func TestCompanionOutcomes(t *testing.T) {
-	s := newDirected(t)
-	if out, err := s.Targets[1].Command(t.Context(), "nft", `table inet firewall {
+func companionOutcomes(t *testing.T, s *directed) {
+	firewall := func(script string) {
+		t.Helper()
+		if out, err := s.Targets[1].Command(context.Background(), "nft", script).CombinedOutput(); err != nil {
+			t.Errorf("nft: %v\n%s", err, out)
+		}
+	}
+	firewall(`table inet firewall {
 		chain input {
 			type filter hook input priority 0
 			ip protocol tcp reject with tcp reset
 			meta l4proto tcp drop
 		}
-	}`).CombinedOutput(); err != nil {
-		t.Fatalf("nft: %v\n%s", err, out)
-	}
+	}`)
+	defer firewall("delete table inet firewall")
 	table := s.table(balancer.Preserve, s.Targets...)
 	table.Pools[0].Observed = true
 	s.direct(table)
 	for l, why := range map[lane]string{lanes[0]: lab.Refused, lanes[2]: lab.Timeout} {
 		before := s.outcomes()
 		c := l.once()
-		c.N, c.Parallel, c.Timeout = 12, 12, 2500*time.Millisecond // a SYN is repeated after 1 s
+		// One of two targets is never met: 1 in 8 million. A SYN is repeated after 1 s.
+		c.N, c.Parallel, c.Timeout = 24, 24, 2500*time.Millisecond
 		tally := lab.Count(s.calls(s.Clients[0], c))
 		if tally.OK == 0 || tally.ByErr[why] == 0 || tally.OK+tally.ByErr[why] != c.N {
 			t.Errorf("%v: %v, want some %q\n%s", l, tally, why, s.state())

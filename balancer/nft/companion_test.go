@@ -278,7 +278,7 @@ func TestCompanionTakesOver(t *testing.T) {
 		variants := []*balancer.Desired{{Table: table()}, {Table: withIPVS(table())}}
 		converge(t, d, variants[0])
 		numbers := maps.Clone(d.numbers.byKey)
-		for _, want := range []*balancer.Desired{variants[1], variants[0], variants[1]} {
+		for _, want := range []*balancer.Desired{variants[1], variants[0]} {
 			p, err := d.Plan(t.Context(), want)
 			if err != nil {
 				t.Fatal(err)
