@@ -35,12 +35,7 @@ func TestRenderCompanionRelayed(t *testing.T) {
 func contrast(t *testing.T, one, other *balancer.Table) string {
 	t.Helper()
 	all, plain := renderAfresh(t, one), renderAfresh(t, other)
-	short := newRuleset()
-	for name, c := range all.Chains {
-		if old := plain.Chains[name]; old == nil || !old.holdsRules(c) {
-			short.addChain(c)
-		}
-	}
+	short := otherChains(all, plain)
 	for name, s := range all.Sets {
 		if old := plain.Sets[name]; old == nil || !cmp.Equal(old.Elems, s.Elems) {
 			short.addSet(s)

@@ -54,6 +54,27 @@ func withoutSlots(r *Ruleset) *Ruleset {
 	return short
 }
 
+// otherChains is the chains that one ruleset has and the other has not, or with
+// other rules.
+func otherChains(all, plain *Ruleset) *Ruleset {
+	short := newRuleset()
+	for name, c := range all.Chains {
+		if old := plain.Chains[name]; old == nil || !old.holdsRules(c) {
+			short.addChain(c)
+		}
+	}
+	return short
+}
+
+// more is otherChains and the sets that the other ruleset has not.
+func more(all, plain *Ruleset) *Ruleset {
+	short := otherChains(all, plain)
+	for _, name := range missing(all.Sets, plain.Sets) {
+		short.addSet(all.Sets[name])
+	}
+	return short
+}
+
 func TestRenderEverything(t *testing.T) {
 	golden(t, "everything.nft", withoutSlots(renderAfresh(t, everything())).String())
 }
@@ -65,16 +86,7 @@ func TestRenderNothing(t *testing.T) {
 // The rules that count outcomes, in full; the rest is as in everything.nft.
 func TestRenderObserved(t *testing.T) {
 	all, plain := renderAfresh(t, observing()), renderAfresh(t, everything())
-	short := newRuleset()
-	for name, c := range all.Chains {
-		if old := plain.Chains[name]; old == nil || !old.holdsRules(c) {
-			short.addChain(c)
-		}
-	}
-	for _, name := range missing(all.Sets, plain.Sets) {
-		short.addSet(all.Sets[name])
-	}
-	golden(t, "observed.nft", short.String())
+	golden(t, "observed.nft", more(all, plain).String())
 	if diff := cmp.Diff(withoutSlots(plain).Objects, withoutSlots(all).Objects); diff != "" {
 		t.Error(diff)
 	}
@@ -95,13 +107,7 @@ func relaying() *balancer.Table {
 // everything.nft.
 func TestRenderRelayed(t *testing.T) {
 	all, plain := renderAfresh(t, relaying()), renderAfresh(t, everything())
-	short := newRuleset()
-	for name, c := range all.Chains {
-		if old := plain.Chains[name]; old == nil || !old.holdsRules(c) {
-			short.addChain(c)
-		}
-	}
-	golden(t, "relayed.nft", short.String())
+	golden(t, "relayed.nft", otherChains(all, plain).String())
 	for _, name := range []string{"t3.preserve", "slots4.preserve.16384"} {
 		if all.Chains[name] != nil || all.Sets[name] != nil {
 			t.Errorf("%s is there, though the relay chooses", name)

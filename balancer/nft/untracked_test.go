@@ -53,16 +53,7 @@ func tracking() *balancer.Table {
 // What there is more than with tracking.
 func TestRenderUntracked(t *testing.T) {
 	all, plain := renderAfresh(t, untracking()), renderAfresh(t, tracking())
-	short := newRuleset()
-	for name, c := range all.Chains {
-		if old := plain.Chains[name]; old == nil || !old.holdsRules(c) {
-			short.addChain(c)
-		}
-	}
-	for _, name := range missing(all.Sets, plain.Sets) {
-		short.addSet(all.Sets[name])
-	}
-	golden(t, "untracked.nft", short.String())
+	golden(t, "untracked.nft", more(all, plain).String())
 	if gone := slices.Concat(missing(plain.Chains, all.Chains), missing(plain.Sets, all.Sets)); len(gone) > 0 {
 		t.Errorf("%v are gone", gone)
 	}
