@@ -284,28 +284,14 @@ func TestKernelShares(t *testing.T) {
 // ends.
 func answering(t *testing.T, address string) {
 	t.Helper()
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
+	nstest.Serve(t, address, func(c net.Conn) {
+		lines := bufio.NewScanner(c)
+		for lines.Scan() {
+			if _, err := fmt.Fprintf(c, "%s %s\n", address, c.RemoteAddr()); err != nil {
 				return
 			}
-			go func() {
-				defer func() { _ = c.Close() }()
-				lines := bufio.NewScanner(c)
-				for lines.Scan() {
-					if _, err := fmt.Fprintf(c, "%s %s\n", address, c.RemoteAddr()); err != nil {
-						return
-					}
-				}
-			}()
 		}
-	}()
+	})
 }
 
 // A client is a connection that asks who is at the other end.

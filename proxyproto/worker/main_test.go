@@ -261,30 +261,16 @@ func (r *rig) hello() (h Hello) {
 // serveTarget answers at the target: it drops the PROXY header and echoes.
 func serveTarget(t *testing.T) {
 	t.Helper()
-	l, err := net.Listen("tcp", target.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer func() { _ = c.Close() }()
-				var head [16]byte
-				if _, err := io.ReadFull(c, head[:]); err != nil {
-					return
-				}
-				if _, err := io.CopyN(io.Discard, c, int64(head[14])<<8+int64(head[15])); err != nil {
-					return
-				}
-				_, _ = io.Copy(c, c)
-			}()
+	nstest.Serve(t, target.String(), func(c net.Conn) {
+		var head [16]byte
+		if _, err := io.ReadFull(c, head[:]); err != nil {
+			return
 		}
-	}()
+		if _, err := io.CopyN(io.Discard, c, int64(head[14])<<8+int64(head[15])); err != nil {
+			return
+		}
+		_, _ = io.Copy(c, c)
+	})
 }
 
 // connect opens a connection of the client.
