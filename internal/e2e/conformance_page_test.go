@@ -25,9 +25,8 @@ daemon for all cases.
 go test ./internal/e2e -run 'TestConformance$'                 # nftables; root, about 12 s
 NLB_DATAPLANE=ipvs go test ./internal/e2e -run 'TestConformance$'   # IPVS, where the kernel has it
 go test ./internal/e2e -run 'TestConformance$/drain$/tcp4'     # one case
-make test-vm PKG=./internal/e2e                                # nftables in Debian's kernels 6.1 and 6.12, emulated
-make vmrun build-static                                        # IPVS there, three minutes:
-CGO_ENABLED=0 go test -exec "$PWD/bin/vmrun -kernel 6.12 -timeout 15m -file $PWD/bin/nlb-static" ./internal/e2e -run 'TestConformanceIPVS$'
+make test-vm PKG=./internal/e2e                                # both in Debian's kernels 6.1 and 6.12, emulated; about 5 min
+make test-vm KERNEL=6.12 PKG=./internal/e2e RUN='TestConformanceIPVS$'  # one of them
 ` + "```" + `
 
 Where a dataplane cannot do what a case asks for, its column says what happens, which is shown as well.
