@@ -163,6 +163,53 @@ func TestTargetStates(t *testing.T) {
 	}
 }
 
+// A target keeps its hashes while only its health is against it, in a family where
+// those that take flows are not less.
+func TestVerdictsMoveNoHash(t *testing.T) {
+	const up, down, new = Healthy, Unhealthy, Initial
+	for _, c := range []struct {
+		name    string
+		weights []int
+		states  []State
+		kept    []int
+		change  func(*TargetGroup)
+	}{
+		{"all are healthy", []int{1, 2}, []State{up, up}, []int{0, 0}, nil},
+		{"one failed", []int{1, 2, 1}, []State{up, down, up}, []int{0, 2, 0}, nil},
+		{"one is new", []int{1, 2, 1}, []State{up, new, up}, []int{0, 2, 0}, nil},
+		{"half failed", []int{1, 2, 1}, []State{down, up, down}, []int{1, 0, 1}, nil},
+		{"more than half failed", []int{1, 3, 1}, []State{up, down, up}, []int{0, 0, 0}, nil},
+		{"weight 0", []int{0, 1}, []State{down, up}, []int{0, 0}, nil},
+		{"fail-open", []int{1, 1}, []State{down, down}, []int{0, 0}, nil},
+		{"the other family does not count", []int{1, 1, 1, 1}, []State{up, up, up, down}, []int{0, 0, 0, 0}, func(g *TargetGroup) {
+			g.Targets[3].Address = addr("2001:db8:1::11")
+		}},
+		{"a second choice is dealt by health", []int{1, 1, 1}, []State{up, down, up}, []int{0, 0, 0}, func(g *TargetGroup) {
+			g.ClientIP, g.AvoidSelf = Preserve, true
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			spec := webSpec(len(c.weights))
+			g := &spec.TargetGroups[0]
+			if c.change != nil {
+				c.change(g)
+			}
+			seen := View{Health: HealthView{}, Now: now}
+			for i, s := range c.states {
+				g.Targets[i].Weight = c.weights[i]
+				seen.Health[TargetKey{Group: "web", AddrPort: g.Targets[i].AddrPort()}] = Health{State: s, Since: now}
+			}
+			var kept []int
+			for _, d := range Forward(spec, seen).Table.Pools[0].Destinations {
+				kept = append(kept, d.Kept)
+			}
+			if diff := cmp.Diff(c.kept, kept); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
 func TestTargetLife(t *testing.T) {
 	const timeout, interval = 300 * time.Second, 10 * time.Second
 	failed := unhealthy(now)

@@ -75,6 +75,10 @@ type Destination struct {
 	Port    uint16
 	// Weight is the share of new flows; 0 quiesces.
 	Weight int
+	// Kept is the weight by which a destination without a Weight keeps its hashes:
+	// it is only its health that is against it, and whose hash leads to it draws
+	// again, see maglev.Seeds. So a verdict moves no hash.
+	Kept int `json:",omitzero"`
 	// ClientIP is its own, if it is not the Pool's.
 	ClientIP ClientIP `json:",omitzero"`
 	// Terminate says that its TCP flows are being ended: whatever either end
@@ -125,6 +129,9 @@ func (p *Pool) Usable(bits int) (own []int) {
 	}
 	return own
 }
+
+// Dealt is the weight that hashes are dealt by.
+func (d *Destination) Dealt() int { return cmp.Or(d.Weight, d.Kept) }
 
 // AddrPort is where the destination listens.
 func (d Destination) AddrPort() netip.AddrPort { return netip.AddrPortFrom(d.Address, d.Port) }

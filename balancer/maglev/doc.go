@@ -49,6 +49,10 @@
 // memory is the other side: about 104 bytes for each slot of a map, so 0.1,
 // 0.4, 0.9 and 1.7 MB for a group of up to 10 targets.
 //
+// A target that only fails for a while need not leave: it keeps its slots, and a
+// flow that meets one of them is hashed again, with the next of Seeds. Then nothing
+// moves but its own share, and no slot is written.
+//
 // # Agreement
 //
 // Balancers that share a key, a base and a configuration have equal tables,

@@ -565,10 +565,18 @@ type renderedPool struct {
 	chains  []*Chain
 	sets    []*Set
 	objects []*Object
-	// contests decided the slots of a family; the next rendering begins with them.
-	contests map[*family]*maglev.Contests
+	dealt   map[*family]*dealing
 	// chosen says that IPVS chooses and rewrites.
 	chosen bool
+}
+
+// A dealing is a family's slots and what they follow from. It is not modified.
+type dealing struct {
+	entries  []maglev.Entry
+	numbers  []uint16
+	slots    []int32
+	contests *maglev.Contests // the next dealing begins with them
+	set      *Set
 }
 
 func (r *renderer) renderPools(rs *Ruleset, t *balancer.Table, n *numbers) {
@@ -610,11 +618,11 @@ func (r *renderedPool) rendered(p *balancer.Pool, nums []uint16, key balancer.Ha
 	if r != nil && r.key == key && r.base == base && slices.Equal(r.numbers, nums) && reflect.DeepEqual(r.pool, *p) {
 		return r
 	}
-	out := &renderedPool{pool: *p, numbers: nums, key: key, base: base, contests: make(map[*family]*maglev.Contests)}
+	out := &renderedPool{pool: *p, numbers: nums, key: key, base: base, dealt: make(map[*family]*dealing)}
 	for _, f := range families {
-		var before *maglev.Contests
-		if r != nil {
-			before = r.contests[f]
+		var before *dealing
+		if r != nil && r.key == key && r.base == base {
+			before = r.dealt[f]
 		}
 		out.renderFamily(f, before)
 	}
@@ -624,7 +632,7 @@ func (r *renderedPool) rendered(p *balancer.Pool, nums []uint16, key balancer.Ha
 // renderFamily writes the group's chain, its slots and its targets, for one
 // family. A family without destinations has a chain that drops, since a
 // listener may name the group all the same.
-func (r *renderedPool) renderFamily(f *family, before *maglev.Contests) {
+func (r *renderedPool) renderFamily(f *family, before *dealing) {
 	p := &r.pool
 	mine := p.Usable(f.bits)
 	group := &Chain{Name: poolChain(p.Name, f)}
@@ -638,28 +646,33 @@ func (r *renderedPool) renderFamily(f *family, before *maglev.Contests) {
 		return
 	}
 
-	entries := make([]maglev.Entry, len(mine))
-	for i, d := range mine {
-		entries[i] = maglev.Entry{Name: p.Destinations[d].AddrPort().String(), Weight: p.Destinations[d].Weight}
+	dealt := r.deal(f, mine, before)
+	r.dealt[f] = dealt
+	targets := r.addVerdicts(f, mine, "targets", targetChainName)
+	seeds := maglev.Seeds(r.key)
+	group.Rules = append(group.Rules, r.choose(f, dealt.set, seeds[0], targets))
+	if first, out := r.passedBy(mine); out {
+		for _, seed := range seeds[1:] {
+			group.Rules = append(group.Rules, r.choose(f, dealt.set, seed, targets))
+		}
+		group.Rules = append(group.Rules, r.take(f, first))
 	}
-	size := maglev.Size(r.base, len(mine))
-	slots, contests := maglev.Rebuild(r.key, r.base, size, entries, before)
-	r.contests[f] = contests
-	group.Rules = append(group.Rules, r.choose(f, mine, "slots", slots, size, "targets", targetChainName))
 
 	// elsewhere has the targets whose own clients can be sent to another.
 	elsewhere := map[int]bool{}
 	second := ""
 	if p.ClientIP == balancer.Preserve && p.AvoidSelf {
 		second = "second" + f.name + "." + p.Name
-		others := maglev.Second(slots, func(a, b int) bool {
+		others := maglev.Second(dealt.slots, func(a, b int) bool {
 			return !overlap(p.Destinations[mine[a]].Domain, p.Destinations[mine[b]].Domain)
 		})
 		for i, other := range others {
-			elsewhere[mine[slots[i]]] = other >= 0
+			elsewhere[mine[dealt.slots[i]]] = other >= 0
 		}
+		slots := r.slots(f, mine, "second", others, int(dealt.set.Size))
+		r.sets = append(r.sets, slots)
 		r.chains = append(r.chains, &Chain{Name: second, Rules: []Rule{
-			r.choose(f, mine, "second", others, size, "others", sendChainName), drop,
+			r.choose(f, slots, seeds[0], r.addVerdicts(f, mine, "others", sendChainName)), drop,
 		}})
 	}
 	for _, d := range mine {
@@ -696,52 +709,106 @@ func leaveTo(number uint16, f *family) Rule {
 	})
 }
 
-// choose writes the two maps that lead from a hash to a target's chain, slot to
-// number and number to chain, and the rule that reads them. Two, because the
-// kernel follows each verdict of a map when it checks a transaction for loops:
-// a thousand slots a group would make every change wait for that. From one map
-// to the next the number goes through the mark, since nft 1.0.6 dies of an
-// assertion when it lists a rule that looks up what it has looked up.
-func (r *renderedPool) choose(f *family, mine []int, slotsWord string, slots []int32, size int, verdictWord string, chain func(uint16, string) string) Rule {
-	pool := r.pool.Name
-	numbers := r.addSlots(fmt.Sprintf("%s%s.%s.%d", slotsWord, f.name, pool, size), size, slots, mine)
+// deal adds the map from slot to target number, as before it where nothing that
+// it follows from has changed. Health is not among that; see Destination.Kept.
+func (r *renderedPool) deal(f *family, mine []int, before *dealing) *dealing {
+	out := &dealing{entries: make([]maglev.Entry, len(mine)), numbers: make([]uint16, len(mine))}
+	for i, d := range mine {
+		out.entries[i] = maglev.Entry{Name: r.pool.Destinations[d].AddrPort().String(), Weight: r.pool.Destinations[d].Dealt()}
+		out.numbers[i] = r.numbers[d]
+	}
+	var contests *maglev.Contests
+	if before != nil {
+		contests = before.contests
+	}
+	if before != nil && slices.Equal(before.entries, out.entries) && slices.Equal(before.numbers, out.numbers) {
+		out = before
+	} else {
+		size := maglev.Size(r.base, len(mine))
+		out.slots, out.contests = maglev.Rebuild(r.key, r.base, size, out.entries, contests)
+		out.set = r.slots(f, mine, "slots", out.slots, size)
+	}
+	r.sets = append(r.sets, out.set)
+	return out
+}
+
+// passedBy reports whether a hash may lead to a target that takes no new flows,
+// and which is the first that does.
+func (r *renderedPool) passedBy(mine []int) (first int, out bool) {
+	first = -1
+	for _, d := range mine {
+		dest := &r.pool.Destinations[d]
+		if first < 0 && dest.Weight > 0 {
+			first = d
+		}
+		out = out || dest.Kept > 0
+	}
+	return first, out
+}
+
+// take leaves a flow to one target.
+func (r *renderedPool) take(f *family, d int) Rule {
+	return rule(func(b *ruleBuilder) {
+		b.family(f)
+		b.ctMarkSet(TargetMask, markOf(r.numbers[d], 0))
+		b.goTo(targetChainName(r.numbers[d], r.pool.Name))
+	})
+}
+
+// choose leads from a hash to a target's chain by two maps, from slot to number
+// and from number to chain. Two, because the kernel follows each verdict of a map
+// when it checks a transaction for loops: a thousand slots a group would make
+// every change wait for that; and because a target that fails is one verdict less.
+// From one map to the next the number goes through the mark, since nft 1.0.6 dies
+// of an assertion when it lists a rule that looks up what it has looked up.
+func (r *renderedPool) choose(f *family, slots *Set, seed uint32, verdicts string) Rule {
+	return rule(func(b *ruleBuilder) {
+		b.say("ct mark set")
+		b.family(f)
+		b.jhash(f, r.pool.Sticky, slots.Size, seed)
+		b.lookup(slots.Name, 0, reg(0).number())
+		b.ctMarkMerge()
+		b.say("map @%s << %d", slots.Name, markShift)
+		b.loadCT(unix.NFT_CT_MARK, 0)
+		b.bitwise(0, native32(TargetMask), native32(0))
+		b.say("ct mark & 0x%08x", TargetMask)
+		b.vmap(verdicts, 0)
+	})
+}
+
+// addVerdicts adds the map that leads to the targets' chains. One that only keeps
+// its hashes is not in it, so that the next rule draws again.
+func (r *renderedPool) addVerdicts(f *family, mine []int, word string, chain func(uint16, string) string) string {
 	// A map of a fixed size is the fastest there is. It doubles under another
 	// name, since a map cannot change its size.
 	room := 16
 	for room < len(mine) {
 		room *= 2
 	}
-	verdicts := &Set{Name: fmt.Sprintf("%s%s.%s.%d", verdictWord, f.name, pool, room), kind: targetKind, Size: uint32(room)}
+	s := &Set{Name: fmt.Sprintf("%s%s.%s.%d", word, f.name, r.pool.Name, room), kind: targetKind, Size: uint32(room)}
 	for _, d := range mine {
-		verdicts.Elems = append(verdicts.Elems, Elem{Key: string(native32(markOf(r.numbers[d], 0))), Goto: chain(r.numbers[d], pool)})
+		if r.pool.Destinations[d].Kept == 0 {
+			s.Elems = append(s.Elems, Elem{Key: string(native32(markOf(r.numbers[d], 0))), Goto: chain(r.numbers[d], r.pool.Name)})
+		}
 	}
-	r.sets = append(r.sets, verdicts.sort())
-	return rule(func(b *ruleBuilder) {
-		b.say("ct mark set")
-		b.family(f)
-		b.jhash(f, r.pool.Sticky, uint32(size), maglev.Seed(r.key, "target"))
-		b.lookup(numbers, 0, reg(0).number())
-		b.ctMarkMerge()
-		b.say("map @%s << %d", numbers, markShift)
-		b.loadCT(unix.NFT_CT_MARK, 0)
-		b.bitwise(0, native32(TargetMask), native32(0))
-		b.say("ct mark & 0x%08x", TargetMask)
-		b.vmap(verdicts.Name, 0)
-	})
+	r.sets = append(r.sets, s.sort())
+	return s.Name
 }
 
-// addSlots adds a map from slot to target number. Its name has its size in it,
-// since a map cannot change its size.
-func (r *renderedPool) addSlots(name string, size int, slots []int32, mine []int) string {
-	s := &Set{Name: name, kind: slotKind, Size: uint32(size), Slots: make([]uint32, size)}
+// slots is a map from slot to target number. Its name has its size in it, since a
+// map cannot change its size.
+func (r *renderedPool) slots(f *family, mine []int, word string, slots []int32, size int) *Set {
+	s := &Set{
+		Name: fmt.Sprintf("%s%s.%s.%d", word, f.name, r.pool.Name, size),
+		kind: slotKind, Size: uint32(size), Slots: make([]uint32, size),
+	}
 	for i := range s.Slots {
 		s.Slots[i] = noSlot
 		if i < len(slots) && slots[i] >= 0 {
 			s.Slots[i] = uint32(r.numbers[mine[slots[i]]])
 		}
 	}
-	r.sets = append(r.sets, s)
-	return name
+	return s
 }
 
 func overlap(a, b []netip.Prefix) bool {

@@ -129,7 +129,9 @@ func TestDiff(t *testing.T) {
 		"change-mode":     func(b *balancer.Table) { b.Pools[3].ClientIP = balancer.SNAT },
 		"one-source":      func(b *balancer.Table) { b.Sources = b.Sources[:1] },
 		"remove-vip":      func(b *balancer.Table) { b.VIPs = b.VIPs[:2]; b.Services = append(b.Services[:1:1], b.Services[2:]...) },
-		"group-weights":   func(b *balancer.Table) { b.Services[3].Pools[0].Weight = 50 },
+		// Neither the slots change nor anything of the other targets.
+		"verdict":       func(b *balancer.Table) { failing(&b.Pools[3], 1) },
+		"group-weights": func(b *balancer.Table) { b.Services[3].Pools[0].Weight = 50 },
 		"remove-colocated": func(b *balancer.Table) {
 			d := append([]balancer.Destination(nil), b.Pools[2].Destinations...)
 			d[0] = dest("10.0.1.11", 8080, 1)
@@ -183,6 +185,13 @@ func TestDiffOfRulesOnDemand(t *testing.T) {
 		p := &Plan{steps: diff(r.render(tt.before, n), r.render(tt.after, n))}
 		golden(t, tt.name+".plan", strings.Join(p.Lines(), "\n")+"\n")
 	}
+}
+
+// failing has a health check fail a destination.
+func failing(p *balancer.Pool, i int) {
+	p.Destinations = slices.Clone(p.Destinations)
+	d := &p.Destinations[i]
+	d.Weight, d.Kept = 0, d.Weight
 }
 
 func TestDiffOfSameIsEmpty(t *testing.T) {

@@ -51,7 +51,7 @@ type pool struct {
 	name     string
 	relayed  bool // some destination is
 	sticky   bool
-	seed     uint32
+	seeds    [maglev.Tries]uint32
 	header   balancer.ProxyProtocol
 	families [2]*family
 	// manners are by loop, and outlive plans.
@@ -174,7 +174,7 @@ func (p *plan) addService(vs *balancer.VirtualService) error {
 func (p *plan) addPool(bp *balancer.Pool, old *plan, loops int) {
 	in := &pool{
 		name: bp.Name, relayed: bp.Relays(), sticky: bp.Sticky,
-		seed: maglev.Seed(p.key, "target"), header: bp.ProxyProtocol,
+		seeds: maglev.Seeds(p.key), header: bp.ProxyProtocol,
 	}
 	in.families = [2]*family{{}, {}}
 	in.manners = old.manners(bp.Name, loops)
@@ -187,7 +187,7 @@ func (p *plan) addPool(bp *balancer.Pool, old *plan, loops int) {
 			p.terminated[key] = true
 		}
 		f := in.families[familyOf(d.Address)]
-		f.entries = append(f.entries, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Weight})
+		f.entries = append(f.entries, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Dealt()})
 		relayed := bp.ClientIPOf(d) == balancer.ProxyProtocolV2
 		f.destinations = append(f.destinations, destination{target: to, weight: d.Weight, relayed: relayed, source: d.Source})
 		if d.Weight > 0 && relayed {
@@ -279,7 +279,20 @@ func (s *service) choose(client netip.AddrPort) (*pool, uint32) {
 	if !in.relayed {
 		return nil, 0
 	}
-	return in, s.hash(client, in.sticky, in.seed)
+	return in, s.aim(client, in)
+}
+
+// aim is the first of the client's hashes that leads to a destination which takes
+// new connections, or the last of them.
+func (s *service) aim(client netip.AddrPort, in *pool) (hash uint32) {
+	f := in.family(s.vip.Addr())
+	for _, seed := range in.seeds {
+		hash = s.hash(client, in.sticky, seed)
+		if len(f.slots) == 0 || f.destinations[f.slots[maglev.Slot(hash, len(f.slots))]].weight > 0 {
+			return hash
+		}
+	}
+	return hash
 }
 
 func (s *service) share(at int) *pool {
@@ -326,15 +339,23 @@ func (p *pool) family(vip netip.Addr) *family {
 }
 
 // next returns the destination of a hash that was not tried yet, looking from
-// the hash's own slot on; nil when there is none.
+// the hash's own slot on; nil when there is none. A hash of aim that leads to one
+// which takes no new connections is left to the first that does, as in the kernel.
 func (f *family) next(hash uint32, tried []*target) *destination {
 	if f.usable <= len(tried) && !f.any(tried) || f.usable == 0 {
 		return nil
 	}
+	takes := func(d *destination) bool { return d.relayed && d.weight > 0 && !slices.Contains(tried, d.target) }
 	at := maglev.Slot(hash, len(f.slots))
+	if f.destinations[f.slots[at]].weight == 0 {
+		first := slices.IndexFunc(f.destinations, func(d destination) bool { return d.weight > 0 })
+		if d := &f.destinations[first]; takes(d) {
+			return d
+		}
+	}
 	for range f.slots {
 		d := &f.destinations[f.slots[at]]
-		if d.relayed && !slices.Contains(tried, d.target) {
+		if takes(d) {
 			return d
 		}
 		if at++; at == len(f.slots) {

@@ -80,7 +80,7 @@ func keepRelayed(t *balancer.Table, only []*balancer.VirtualService) {
 		p := &t.Pools[i]
 		for j := range p.Destinations {
 			if d := &p.Destinations[j]; p.ClientIPOf(d) != balancer.ProxyProtocolV2 {
-				d.Weight = 0
+				d.Weight, d.Kept = 0, 0
 			}
 		}
 	}
@@ -278,8 +278,11 @@ func choice(s *balancer.VirtualService) string {
 
 func destinationChanges(was, is *balancer.Destination) []string {
 	var what []string
-	if was.Weight != is.Weight {
+	switch {
+	case was.Weight != is.Weight:
 		what = append(what, fmt.Sprintf("weight %d -> %d", was.Weight, is.Weight))
+	case was.Kept != is.Kept:
+		what = append(what, fmt.Sprintf("hashes by weight %d -> %d", was.Kept, is.Kept))
 	}
 	if is.Terminate && !was.Terminate {
 		what = append(what, "reset its connections")
