@@ -238,6 +238,8 @@ type fakeRouter struct {
 	err atomic.Pointer[error] // fails with it
 }
 
+func (r *fakeRouter) Links(context.Context) ([]string, error) { return []string{"eth0", "eth1"}, nil }
+
 func (r *fakeRouter) Routes(_ context.Context, targets []netip.Addr, _ func(netip.Addr) bool) (map[netip.Addr]Route, error) {
 	if err := r.err.Load(); err != nil {
 		return nil, *err

@@ -32,6 +32,7 @@ func forward(spec *Spec, seen View, groups []TargetGroupStatus) *Desired {
 			Services: services(spec, byName),
 
 			UntrackedRelay: spec.UntrackedRelay,
+			FastPath:       fastPath(spec, seen),
 			Pools:          pools(spec, byName, seen, groups),
 		},
 		Bound: boundVIPs(spec),
@@ -58,6 +59,32 @@ func forward(spec *Spec, seen View, groups []TargetGroupStatus) *Desired {
 	want.Egress = sortedSet(egress, cmp.Compare[string])
 	return want
 }
+
+// fastPath lists the interfaces of the fast path: all there are, because a client
+// may be behind any of them, up to the number that the kernel takes, and those
+// that lead to targets first.
+func fastPath(spec *Spec, seen View) []string {
+	if !spec.Flowtable {
+		return nil
+	}
+	leads := make(map[string]bool)
+	for _, r := range seen.Routes {
+		leads[r.Interface] = true
+	}
+	links := sortedSet(seen.Links, func(a, b string) int {
+		if leads[a] != leads[b] {
+			if leads[a] {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Compare(a, b)
+	})
+	return sortedSet(links[:min(len(links), mostFastPath)], cmp.Compare[string])
+}
+
+// mostFastPath is NFT_NETDEVICE_MAX, how many interfaces a flowtable can have.
+const mostFastPath = 256
 
 func vipAddresses(spec *Spec) []netip.Addr {
 	var vips []netip.Addr

@@ -32,6 +32,7 @@ type loop struct {
 	// are left.
 	terminating map[TargetKey]bool
 	routes      map[netip.Addr]Route // nil before the first look
+	links       []string             // found with them
 
 	registered   *Spec // what was written down last, or by Options
 	keptSpec     *Spec // registered is this one, reduced
@@ -300,12 +301,12 @@ func (l *loop) undrain(ctx context.Context, group string, addr netip.Addr, port 
 
 // rehearse finds what can be known to fail without touching anything.
 func (l *loop) rehearse(ctx context.Context, spec *Spec, drains Drains) error {
-	routes, err := l.findRoutes(ctx, spec)
+	routes, links, err := l.findRoutes(ctx, spec)
 	if err != nil {
 		return err
 	}
 	seen := l.view(time.Now())
-	seen.Routes, seen.Drains = routes, drains
+	seen.Routes, seen.Links, seen.Drains = routes, links, drains
 	_, err = PlanAll(ctx, l.parts, Forward(spec, seen))
 	return err
 }
@@ -370,9 +371,9 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 	done := outcome{looked: look, begun: time.Now()}
 	var lost error
 	if look || l.routes == nil {
-		routes, err := l.findRoutes(ctx, spec)
+		routes, links, err := l.findRoutes(ctx, spec)
 		if err == nil {
-			l.routes = routes
+			l.routes, l.links = routes, links
 		}
 		lost = err
 	}
@@ -398,20 +399,27 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 	return done
 }
 
-func (l *loop) findRoutes(ctx context.Context, spec *Spec) (map[netip.Addr]Route, error) {
-	routes, err := l.router.Routes(ctx, RoutedAddrs(spec, l.drains), spec.HasVIP)
+// findRoutes asks for the routes to the targets, and for the links if there is a
+// use for them.
+func (l *loop) findRoutes(ctx context.Context, spec *Spec) (routes map[netip.Addr]Route, links []string, err error) {
+	routes, err = l.router.Routes(ctx, RoutedAddrs(spec, l.drains), spec.HasVIP)
 	if err != nil {
-		return nil, fmt.Errorf("find the routes to the targets: %w", err)
+		return nil, nil, fmt.Errorf("find the routes to the targets: %w", err)
 	}
 	if routes == nil {
 		routes = make(map[netip.Addr]Route)
 	}
-	return routes, nil
+	if spec.Flowtable {
+		if links, err = l.router.Links(ctx); err != nil {
+			return nil, nil, fmt.Errorf("find the links of the flowtable: %w", err)
+		}
+	}
+	return routes, links, nil
 }
 
 func (l *loop) view(now time.Time) View {
 	return View{
-		Key: l.key, Health: l.health, Drains: l.drains, Holds: l.holds, Routes: l.routes,
+		Key: l.key, Health: l.health, Drains: l.drains, Holds: l.holds, Routes: l.routes, Links: l.links,
 		FailOpen: l.failOpen, Leftover: l.leftover, LastHeld: l.lastHeld, Now: now,
 	}
 }

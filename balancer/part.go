@@ -67,4 +67,6 @@ type Route struct {
 // route is absent from the answer. isVIP tells which sources may not be used.
 type Router interface {
 	Routes(ctx context.Context, targets []netip.Addr, isVIP func(netip.Addr) bool) (map[netip.Addr]Route, error)
+	// Links lists the Ethernet-like interfaces that IP packets come and go by.
+	Links(ctx context.Context) ([]string, error)
 }

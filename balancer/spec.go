@@ -116,9 +116,12 @@ type Spec struct {
 	// UntrackedRelay keeps relayed connections out of connection tracking; see
 	// Table.
 	UntrackedRelay bool
-	VIPs           []VIP
-	Listeners      []Listener
-	TargetGroups   []TargetGroup
+	// Flowtable lets established flows go past the packet filter; see
+	// Table.FastPath.
+	Flowtable    bool
+	VIPs         []VIP
+	Listeners    []Listener
+	TargetGroups []TargetGroup
 }
 
 // Group returns the target group of that name, or nil.

@@ -23,8 +23,11 @@ type Table struct {
 	// UntrackedRelay keeps the connections of services that are relayed only,
 	// and those of the relay to its destinations, out of connection tracking.
 	UntrackedRelay bool
-	Services       []VirtualService
-	Pools          []Pool
+	// FastPath has the interfaces, sorted, between which established flows go past
+	// the packet filter. Without any, all packets pass it.
+	FastPath []string
+	Services []VirtualService
+	Pools    []Pool
 }
 
 // A HashKey is random per installation and survives restarts.

@@ -17,6 +17,9 @@ type View struct {
 	// Routes says how the host reaches targets. A target that is not in it has
 	// no route, or none is known yet.
 	Routes map[netip.Addr]Route
+	// Links are the interfaces that packets come and go by; only looked for if
+	// the Spec has a Flowtable.
+	Links []string
 	// FailOpen is how each group stood when it was last looked at.
 	FailOpen map[string]FailOpenState
 	// Leftover has the targets whose flows were found, or began to be ended,

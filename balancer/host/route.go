@@ -52,6 +52,41 @@ func (*Router) Routes(ctx context.Context, targets []netip.Addr, isVIP func(neti
 	return routes, nil
 }
 
+// Links implements balancer.Router. A port of a bridge and a member of a bond or
+// team are left out: IP sees the packets of the device that they belong to.
+func (*Router) Links(ctx context.Context) ([]string, error) {
+	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("rtnetlink: %w", err)
+	}
+	defer handle.Close()
+	all, err := steady(handle.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	return linkNames(all), ctx.Err()
+}
+
+// linkNames picks the links that packets of IP come and go by.
+func linkNames(all []netlink.Link) []string {
+	lower := make(map[int]bool) // devices whose members are not
+	for _, l := range all {
+		switch l.Type() {
+		case "bridge", "bond", "team":
+			lower[l.Attrs().Index] = true
+		}
+	}
+	var names []string
+	for _, l := range all {
+		a := l.Attrs()
+		if a.EncapType == "ether" && !lower[a.MasterIndex] {
+			names = append(names, a.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
 // A lookup is one pass over targets.
 type lookup struct {
 	handle *netlink.Handle

@@ -121,7 +121,7 @@ func (d *Dataplane) refresh() error {
 		}
 		switch {
 		case d.known && now == d.generation:
-			return nil
+			return d.lostDevices()
 		case d.known && d.others.wait(newsDelay):
 			// The number of a transaction is there before the news of it.
 		default:

@@ -97,13 +97,19 @@ func mendable(have, want *Ruleset) bool {
 
 func changes(have, want *Ruleset) []step {
 	var make1, unname, rules, fill, flush, remove []step
+	delFast, addFast := flowtableChanges(have, want)
+	again := len(delFast) > 0 && len(addFast) > 0
 	for _, name := range missing(want.Objects, have.Objects) {
 		make1 = append(make1, addObject{want.Objects[name]})
 	}
 	for _, name := range missing(want.Sets, have.Sets) {
 		make1 = append(make1, addSet{want.Sets[name]})
 	}
-	for _, name := range differing(want.Chains, have.Chains) {
+	chains := differing(want.Chains, have.Chains)
+	if again && !slices.Contains(chains, chainForward) {
+		chains = append(chains, chainForward) // it names the flowtable
+	}
+	for _, name := range chains {
 		w, h := want.Chains[name], have.Chains[name]
 		if h == nil {
 			make1 = append(make1, addChain{w})
@@ -112,7 +118,7 @@ func changes(have, want *Ruleset) []step {
 		if w.Base != nil && h.Base.Drop != w.Base.Drop {
 			make1 = append(make1, addChain{w})
 		}
-		if w.holdsRules(h) {
+		if w.holdsRules(h) && !(again && name == chainForward) {
 			continue
 		}
 		if len(h.Rules) > 0 {
@@ -148,7 +154,7 @@ func changes(have, want *Ruleset) []step {
 	}
 	// Sets may be named by chains that are flushed after them in name order.
 	slices.SortStableFunc(flush, func(a, b step) int { return flushRank(a) - flushRank(b) })
-	return slices.Concat(make1, unname, rules, fill, flush, remove)
+	return slices.Concat(make1, unname, delFast, addFast, rules, fill, flush, remove)
 }
 
 func flushRank(s step) int {

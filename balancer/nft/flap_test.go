@@ -17,6 +17,8 @@ import (
 // program the kernel.
 type noRoutes struct{}
 
+func (noRoutes) Links(context.Context) ([]string, error) { return nil, nil }
+
 func (noRoutes) Routes(context.Context, []netip.Addr, func(netip.Addr) bool) (map[netip.Addr]balancer.Route, error) {
 	return nil, nil
 }

@@ -243,22 +243,6 @@ func (s *socket) listObjects(begin func(), f func(name string, typ uint32, data 
 	return wrapDump("objects", err)
 }
 
-func (s *socket) dumpFlowtables(rs *Ruleset) error {
-	const flowtableTable, flowtableName = 1, 2 // NFTA_FLOWTABLE_*
-	var foreign []string
-	begin := func() { foreign = nil }
-	err := s.list(unix.NFT_MSG_GETFLOWTABLE, func(a *attrs) { a.str(flowtableTable, TableName) }, begin, func(m message) {
-		if isOurs(m, flowtableTable) {
-			foreign = append(foreign, "flowtable "+text(find(m.body, flowtableName)))
-		}
-	})
-	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
-		return nil // a kernel without flowtables has none of them
-	}
-	rs.Foreign = append(rs.Foreign, foreign...)
-	return wrapDump("flowtables", err)
-}
-
 func wrapDump(what string, err error) error {
 	if err != nil {
 		return fmt.Errorf("read %s of table inet %s: %w", what, TableName, err)

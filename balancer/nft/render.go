@@ -19,6 +19,7 @@ import (
 // Names that rules and elements refer to.
 const (
 	chainDispatch = "dispatch"
+	chainForward  = "forward"
 	chainUnwanted = "unwanted"
 	chainGuard    = "guard"
 	chainSource   = "source"
@@ -98,6 +99,7 @@ func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 	if observed {
 		renderOutcomes(rs)
 	}
+	rs.Flowtable = flowtableOf(t)
 	for _, c := range baseChains(t, len(ended.Elems) > 0, observed) {
 		rs.addChain(c)
 	}
@@ -131,12 +133,19 @@ func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 	nat := func(name string, hook uint32, priority int32, rules ...Rule) *Chain {
 		return &Chain{Name: name, Base: &Base{Type: "nat", Hook: hook, Priority: priority}, Rules: rules}
 	}
+	fast := len(t.FastPath) > 0
 	filter := func(name string, hook uint32, rules ...Rule) *Chain {
 		if observed {
 			rules = append(toOutcomes(hook), rules...)
 		}
+		if fast && hook == unix.NF_INET_FORWARD {
+			rules = append([]Rule{offloadRule()}, rules...)
+		}
 		if ending {
 			rules = append(endRules(), rules...)
+		}
+		if ending && fast && hook == unix.NF_INET_FORWARD {
+			rules = append([]Rule{releasedRule()}, rules...)
 		}
 		return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityFilter}, Rules: rules}
 	}
@@ -157,7 +166,7 @@ func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 			b.destInSet(f, vipsName(f))
 			b.jump(chainGuard)
 		})...),
-		filter("forward", unix.NF_INET_FORWARD, forwardRules()...),
+		filter(chainForward, unix.NF_INET_FORWARD, forwardRules()...),
 		filter("outgoing", unix.NF_INET_LOCAL_OUT, redirectRule()),
 		{Name: "prompts", Base: &Base{Type: "filter", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityRaw}, Rules: []Rule{promptRule()}},
 		{Name: chainDispatch, Rules: dispatchRules()},

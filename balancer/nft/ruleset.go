@@ -24,6 +24,8 @@ type Ruleset struct {
 	Chains  map[string]*Chain
 	Sets    map[string]*Set
 	Objects map[string]*Object
+	// Flowtable is nil if there is none.
+	Flowtable *Flowtable
 	// Foreign lists things in our table that we have no word for; their
 	// presence is drift.
 	Foreign []string
@@ -398,6 +400,9 @@ func (r *Ruleset) String() string {
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.Sets)) {
 		r.Sets[name].write(&b)
+	}
+	if f := r.Flowtable; f != nil {
+		fmt.Fprintf(&b, "\tflowtable %s {\n\t\t%s\n\t}\n", f.Name, strings.Join(f.body(), "\n\t\t"))
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.Chains)) {
 		r.Chains[name].write(&b)

@@ -214,10 +214,15 @@ func (b *batch) end() {
 // finish closes the transaction. The last message asks for an
 // acknowledgement, so that silence is never taken for success.
 func (b *batch) finish() {
-	flags := binary.NativeEndian.Uint16(b.buf[b.at+6:])
-	binary.NativeEndian.PutUint16(b.buf[b.at+6:], flags|unix.NLM_F_ACK)
+	b.acknowledge()
 	b.begin(unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, uint32(len(b.step)+1))
 	b.end()
+}
+
+// acknowledge has the kernel answer the last message.
+func (b *batch) acknowledge() {
+	flags := binary.NativeEndian.Uint16(b.buf[b.at+6:])
+	binary.NativeEndian.PutUint16(b.buf[b.at+6:], flags|unix.NLM_F_ACK)
 }
 
 // A socket is a netlink socket of family NETLINK_NETFILTER, used by one

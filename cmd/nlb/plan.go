@@ -152,6 +152,9 @@ func look(ctx context.Context, cfg *config.Config, client *control.Client, route
 		return seen, inForce, err
 	}
 	seen.Routes, err = router.Routes(ctx, balancer.RoutedAddrs(cfg.Spec, seen.Drains), cfg.Spec.HasVIP)
+	if err == nil && cfg.Spec.Flowtable {
+		seen.Links, err = router.Links(ctx)
+	}
 	return seen, inForce, err
 }
 

@@ -51,6 +51,8 @@ func (n notified) expect(t *testing.T, pattern string) {
 
 type noRoutes struct{}
 
+func (noRoutes) Links(context.Context) ([]string, error) { return nil, nil }
+
 func (noRoutes) Routes(context.Context, []netip.Addr, func(netip.Addr) bool) (map[netip.Addr]balancer.Route, error) {
 	return nil, nil
 }
