@@ -3,6 +3,7 @@ package balancer
 import (
 	"context"
 	"net/netip"
+	"time"
 )
 
 // A Flow is one flow of clients through the balancer, or past it.
@@ -21,6 +22,13 @@ type Flow struct {
 	// told has ended: the flow is established, on its way to or from it, or was
 	// reset, which the packet filter does to one end at a time.
 	Live bool
+	// Offloaded says that its packets go by the flowtable.
+	Offloaded bool
+	// Established says that a TCP flow is between the handshake and the first FIN.
+	Established bool
+	// Left is how long it is remembered if it stays silent. A flow that is
+	// offloaded has no such time, and 0 here.
+	Left time.Duration
 	// Sent and Answered count the packets of the client and of the target, 0
 	// where nobody counts them.
 	Sent, Answered uint64

@@ -13,6 +13,9 @@ func (c *checker) checkIPVS() {
 	if !c.Dataplane.OK || c.Dataplane.V != balancer.IPVS.String() {
 		return
 	}
+	if f := c.Flowtable; f.OK && f.V {
+		c.r.add(f.place, "true, but the answers of flows that a flowtable has would pass by IPVS", "false, or dataplane: nftables")
+	}
 	for i := range c.TargetGroups {
 		if avoid := c.TargetGroups[i].AvoidSelf; avoid.OK && avoid.V {
 			c.r.add(avoid.place, "true, but IPVS cannot leave the client out of its choice",

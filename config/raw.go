@@ -26,6 +26,7 @@ type rawFile struct {
 	mapping `yaml:"-"`
 
 	Dataplane rawWord               `yaml:"dataplane" enum:"nftables|ipvs|auto" default:"nftables" doc:"What in the kernel chooses targets: nftables, ipvs, or auto, which is nftables. Also --dataplane and NLB_DATAPLANE."`
+	Flowtable rawBool               `yaml:"flowtable" default:"false" doc:"Let established flows of the kernel modes go past the packet filter, by a flowtable of nftables. Only with dataplane: nftables."`
 	StateDir  value[string, folder] `yaml:"state_dir" default:"/var/lib/nlb" doc:"The folder for what must survive a restart: the hash key, the targets' numbers, and who is registered, drained and healthy. Also --state-dir and NLB_STATE_DIR."`
 	Log       rawLog                `yaml:"log" doc:"What is logged and how."`
 	Metrics   rawMetrics            `yaml:"metrics" doc:"Where Prometheus metrics are served."`

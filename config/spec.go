@@ -19,6 +19,7 @@ func (f *rawFile) spec() *balancer.Spec {
 	return &balancer.Spec{
 		Dataplane:       dataplane,
 		SourceAddresses: each(f.SourceAddresses, (*rawAddress).value),
+		Flowtable:       f.Flowtable.V,
 		UntrackedRelay:  !f.Relay.Conntrack.V,
 		VIPs: each(f.VIPs, func(v *rawVIP) balancer.VIP {
 			return balancer.VIP{Address: v.Address.V, Interface: v.Interface.V}

@@ -113,6 +113,9 @@ func (r *record) flow() Flow {
 	}
 	f.Protocol, f.Original.Src, f.Original.Dst = tuple(r.original)
 	_, f.Reply.Src, f.Reply.Dst = tuple(r.reply)
+	if f.Protocol == TCP && f.Status.Offloaded() {
+		f.TCPState = Established
+	}
 	f.Original.Bytes, f.Original.Packets = r.sent.bytes, r.sent.packets
 	f.Reply.Bytes, f.Reply.Packets = r.received.bytes, r.received.packets
 	return f

@@ -17,10 +17,12 @@ type Flow struct {
 	// the target, and Dst is whom the target takes for the client.
 	Original, Reply Direction
 	Mark            uint32
-	// Timeout is how long the flow lives on if it stays idle, in whole seconds.
+	// Timeout is how long the flow lives on if it stays idle, in whole seconds; 0
+	// if it is offloaded, since it then lives for as long as the flowtable has it.
 	Timeout time.Duration
 	Status  Status
-	// TCPState is 0 for other protocols.
+	// TCPState is 0 for other protocols. The kernel does not tell that of offloaded
+	// flows, but has taken established ones alone.
 	TCPState TCPState
 	// Accounted says that the flow has counters: net.netfilter.nf_conntrack_acct
 	// was 1 when it began.
@@ -46,7 +48,10 @@ func (f Flow) String() string {
 		b.WriteString("[UNREPLIED] ")
 	}
 	f.Reply.write(&b, f.Accounted)
-	if f.Status.Assured() {
+	switch {
+	case f.Status.Offloaded():
+		b.WriteString("[OFFLOAD] ")
+	case f.Status.Assured():
 		b.WriteString("[ASSURED] ")
 	}
 	fmt.Fprintf(&b, "mark=%d", f.Mark)
@@ -90,6 +95,7 @@ const (
 	statusConfirmed = 1 << 3
 	statusDNAT      = 1 << 5
 	statusDying     = 1 << 9
+	statusOffload   = 1 << 14
 )
 
 // SeenReply reports that a packet of the reply direction has passed.
@@ -100,6 +106,9 @@ func (s Status) Assured() bool { return s&statusAssured != 0 }
 
 // DNATed reports that rules of NAT gave the flow another destination.
 func (s Status) DNATed() bool { return s&statusDNAT != 0 }
+
+// Offloaded reports that a flowtable has the flow.
+func (s Status) Offloaded() bool { return s&statusOffload != 0 }
 
 // dying says that the event of the flow's end was sent, or is about to be.
 func (s Status) dying() bool { return s&statusDying != 0 }

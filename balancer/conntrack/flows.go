@@ -2,7 +2,10 @@ package conntrack
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"slices"
+	"time"
 )
 
 // A Filter chooses flows of ours by their mark: those whose mark under Mask is
@@ -72,17 +75,61 @@ func (t *Tracker) DeleteFunc(ctx context.Context, filter Filter, doomed func(Flo
 	if err != nil || len(names) == 0 {
 		return 0, err
 	}
+	return t.remove(ctx, names)
+}
+
+// ErrOffloaded is wrapped when flows were not ended because a flowtable has them.
+// Linux 6.4 and later end them all the same.
+var ErrOffloaded = errors.New("a flowtable has the flows")
+
+func (t *Tracker) remove(ctx context.Context, names []flowName) (n int, err error) {
 	c, err := dial()
 	if err != nil {
 		return 0, err
 	}
 	defer c.close()
+	held := 0
 	for len(names) > 0 && err == nil {
 		batch := names[:min(removeBatch, len(names))]
 		names = names[len(batch):]
-		removed := 0
-		removed, err = c.remove(ctx, batch)
-		n += removed
+		var removed int
+		var busy []flowName
+		removed, busy, err = c.remove(ctx, batch)
+		n, held = n+removed, held+len(busy)
+	}
+	if err == nil && held > 0 {
+		err = fmt.Errorf("end %d flows: %w", held, ErrOffloaded)
+	}
+	return n, err
+}
+
+// Limit gives each flow of ours that left chooses so much time to stay idle, in
+// whole seconds, rounded up, and returns to how many. left may be asked twice
+// about a flow. A flow that ended meanwhile is no error.
+func (t *Tracker) Limit(ctx context.Context, left func(Flow) (time.Duration, bool)) (n int, err error) {
+	var requests []request
+	err = t.ours(ctx, markFilter{}, func() { requests = nil }, func(r *record) error {
+		if d, ok := left(r.flow()); ok {
+			name := r.name()
+			name.attrs.u32(ctaTimeout, uint32((d+time.Second-1)/time.Second))
+			requests = append(requests, request{msgNew, name.family, name.attrs})
+		}
+		return nil
+	})
+	if err != nil || len(requests) == 0 {
+		return 0, err
+	}
+	c, err := dial()
+	if err != nil {
+		return 0, err
+	}
+	defer c.close()
+	for len(requests) > 0 && err == nil {
+		batch := requests[:min(removeBatch, len(requests))]
+		requests = requests[len(batch):]
+		var done int
+		done, _, err = c.each(ctx, "limit a flow", batch)
+		n += done
 	}
 	return n, err
 }

@@ -483,7 +483,7 @@ func TestRemoveSparesSuccessor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.close()
-	if n, err := c.remove(context.Background(), []flowName{names[0], names[1], names[0]}); err != nil || n != 1 {
+	if n, _, err := c.remove(context.Background(), []flowName{names[0], names[1], names[0]}); err != nil || n != 1 {
 		t.Errorf("removed %d, %v, want 1", n, err)
 	}
 	if got := counts(t, tr, clk)[dns].Active; got != 1 {

@@ -11,6 +11,7 @@ import (
 
 // The parts of linux/netfilter/nfnetlink_conntrack.h that we use.
 const (
+	msgNew    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 0 // IPCTNL_MSG_CT_NEW
 	msgGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1 // IPCTNL_MSG_CT_GET
 	msgDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
 
@@ -294,36 +295,63 @@ func (c *conn) dump(ctx context.Context, filter markFilter, f func(*record) erro
 	})
 }
 
+// A request is a message about one flow, to be acknowledged or to fail.
+type request struct {
+	typ    uint16
+	family uint8
+	attrs  attrs
+}
+
 // remove ends flows one by one, in a single send, and returns how many were
-// still there.
-func (c *conn) remove(ctx context.Context, names []flowName) (int, error) {
-	var b []byte
+// still there. busy lists those that the kernel does not let go of, because a
+// flowtable has them.
+func (c *conn) remove(ctx context.Context, names []flowName) (removed int, busy []flowName, err error) {
+	requests := make([]request, len(names))
 	for i, name := range names {
+		requests[i] = request{msgDelete, name.family, name.attrs}
+	}
+	removed, held, err := c.each(ctx, "end a flow", requests)
+	for _, i := range held {
+		busy = append(busy, names[i])
+	}
+	return removed, busy, err
+}
+
+// each makes the requests in a single send, and returns how many were carried out.
+// A flow that ended by itself is no error, nor is one that is busy, whose request
+// is in the list.
+func (c *conn) each(ctx context.Context, what string, requests []request) (done int, busy []int, err error) {
+	var b []byte
+	first := c.seq + 1
+	for i, r := range requests {
 		flags := uint16(0)
-		if i == len(names)-1 {
+		if i == len(requests)-1 {
 			flags = unix.NLM_F_ACK // the others answer only when they fail
 		}
 		c.seq++
-		b = appendMessage(b, msgDelete, flags, c.seq, name.family, name.attrs)
+		b = appendMessage(b, r.typ, flags, c.seq, r.family, r.attrs)
 	}
 	if err := c.send(b); err != nil {
-		return 0, err
+		return 0, nil, err
 	}
-	removed := len(names)
+	done = len(requests)
 	var failed error
-	err := c.answers(ctx, func(m message) (bool, error) {
+	err = c.answers(ctx, func(m message) (bool, error) {
 		if m.typ != unix.NLMSG_ERROR {
 			return false, nil
 		}
-		switch errno := m.errno(); errno {
-		case 0:
-		case unix.ENOENT: // it ended by itself
-			removed--
+		errno := m.errno()
+		if errno != 0 {
+			done--
+		}
+		switch errno {
+		case 0, unix.ENOENT:
+		case unix.EBUSY:
+			busy = append(busy, int(m.seq-first))
 		default:
-			removed--
-			failed = fmt.Errorf("end a flow: %w", errno)
+			failed = fmt.Errorf("%s: %w", what, errno)
 		}
 		return m.seq == c.seq, nil
 	})
-	return removed, errors.Join(failed, err)
+	return done, busy, errors.Join(failed, err)
 }

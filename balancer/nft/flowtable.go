@@ -3,6 +3,7 @@ package nft
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -31,7 +32,8 @@ const (
 
 	netdevIngress = 0 // NF_NETDEV_INGRESS
 
-	nftaFlowTableName = 1 // of the expression flow_offload
+	exprOffload       = "flow_offload"
+	nftaFlowTableName = 1 // of this expression
 )
 
 // A Flowtable takes established flows past the hooks: what arrives at one of its
@@ -89,7 +91,7 @@ func offloadRule() Rule {
 
 // flowAdd takes the packet's flow into the flowtable.
 func (b *ruleBuilder) flowAdd(name string) {
-	b.expr("flow_offload", func(a *attrs) { a.str(nftaFlowTableName, name) })
+	b.expr(exprOffload, func(a *attrs) { a.str(nftaFlowTableName, name) })
 	b.say("flow add @%s", name)
 }
 
@@ -256,4 +258,75 @@ func (d *Dataplane) ProbeFastPath() error {
 		return nil
 	}
 	return fmt.Errorf("flowtable: this kernel has no flowtables: %w (modprobe -a nf_flow_table nf_flow_table_inet nft_flow_offload, or flowtable: false)", err)
+}
+
+// SuspendFastPath takes all flows out of the flowtable and keeps them out until
+// resume is called, or until the table is next planned and applied. The kernel
+// gives the last of them back some milliseconds later.
+func (d *Dataplane) SuspendFastPath() (resume func() error, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.refresh(); err != nil {
+		return nil, err
+	}
+	fast := d.have
+	if fast == nil || fast.Flowtable == nil {
+		return func() error { return nil }, nil
+	}
+	slow := fast.withoutFastPath()
+	if err := d.switchTo(slow); err != nil {
+		return nil, err
+	}
+	return func() error {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if err := d.refresh(); err != nil || d.have != slow {
+			return err // it was put back with other changes
+		}
+		err := d.switchTo(fast)
+		if err != nil {
+			d.meddled = true // so that it is planned anew
+		}
+		return err
+	}, nil
+}
+
+// switchTo commits the difference between d.have and next. It needs mu, and a
+// refresh just before.
+func (d *Dataplane) switchTo(next *Ruleset) error {
+	p := &Plan{have: d.have, want: next, steps: diff(d.have, next)}
+	b := newBatch()
+	for i, s := range p.steps {
+		s.encode(b, i)
+	}
+	b.finish()
+	if err := d.commit(b); err != nil {
+		d.known = false
+		return explain(err, p)
+	}
+	d.have = next
+	return nil
+}
+
+// withoutFastPath is r but for the flowtable and the rules that name it.
+func (r *Ruleset) withoutFastPath() *Ruleset {
+	slow := *r
+	slow.Flowtable = nil
+	slow.Chains = maps.Clone(r.Chains)
+	if c := r.Chains[chainForward]; c != nil {
+		forward := *c
+		forward.Rules = slices.DeleteFunc(slices.Clone(c.Rules), Rule.offloads)
+		slow.Chains[chainForward] = &forward
+	}
+	return &slow
+}
+
+// offloads reports whether the rule names a flowtable.
+func (r Rule) offloads() bool {
+	for e, rest, ok := next(r.exprs); ok; e, rest, ok = next(rest) {
+		if text(find(e.data, unix.NFTA_EXPR_NAME)) == exprOffload {
+			return true
+		}
+	}
+	return false
 }

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"nlb/balancer"
 	"nlb/balancer/conntrack"
@@ -78,7 +80,7 @@ func (t flowTable) Forget(ctx context.Context, targets []balancer.TargetKey, ove
 	for _, filter := range t.filters(targets) {
 		// It may be asked twice about a flow.
 		chosen := make(map[flowName]balancer.TargetKey)
-		_, err := t.flows.DeleteFunc(ctx, filter, func(e conntrack.Flow) bool {
+		_, err := t.delete(ctx, filter, func(e conntrack.Flow) bool {
 			f := t.flow(e)
 			if !f.Ours || !wanted[f.To] || !over(f) {
 				return false
@@ -98,7 +100,51 @@ func (t flowTable) Forget(ctx context.Context, targets []balancer.TargetKey, ove
 
 // Prune implements balancer.FlowTable.
 func (t flowTable) Prune(ctx context.Context, stale func(balancer.Flow) bool) (int, error) {
-	return t.flows.DeleteFunc(ctx, conntrack.Filter{}, func(f conntrack.Flow) bool { return stale(t.flow(f)) })
+	return t.delete(ctx, conntrack.Filter{}, func(f conntrack.Flow) bool { return stale(t.flow(f)) })
+}
+
+// handedBack bounds the wait until flows have left the flowtable: the kernel
+// destroys it after a grace period of all processors.
+const handedBack = 2 * time.Second
+
+// delete ends flows, those in the flowtable too. Linux before 6.4 ends none of
+// them, so that they have to leave it first, and be kept from coming back with
+// their next packet.
+func (t flowTable) delete(ctx context.Context, filter conntrack.Filter, doomed func(conntrack.Flow) bool) (n int, err error) {
+	n, err = t.flows.DeleteFunc(ctx, filter, doomed)
+	if !errors.Is(err, conntrack.ErrOffloaded) {
+		return n, err
+	}
+	resume, err := t.dataplane.SuspendFastPath()
+	if err != nil {
+		return n, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, handedBack)
+	defer cancel()
+	tick := time.NewTicker(handedBack / 100)
+	defer tick.Stop()
+	for {
+		more, err := t.flows.DeleteFunc(ctx, filter, doomed)
+		n += more
+		if !errors.Is(err, conntrack.ErrOffloaded) {
+			return n, errors.Join(err, resume())
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return n, errors.Join(err, resume())
+		}
+	}
+}
+
+// Limit implements balancer.FlowTimes.
+func (t flowTable) Limit(ctx context.Context, left func(balancer.Flow) (time.Duration, bool)) (int, error) {
+	return t.flows.Limit(ctx, func(f conntrack.Flow) (time.Duration, bool) {
+		if f.Protocol != conntrack.TCP {
+			return 0, false
+		}
+		return left(t.flow(f))
+	})
 }
 
 // Prompt implements balancer.FlowTable.
@@ -128,7 +174,9 @@ func (t flowTable) flow(f conntrack.Flow) balancer.Flow {
 		Protocol: uint8(f.Protocol),
 		Client:   f.Original.Src, VIP: f.Original.Dst, Source: f.Reply.Dst, Target: f.Reply.Src,
 		To: to, Ours: ours, By: by,
-		Live: f.TCPState >= conntrack.SynRecv && f.TCPState <= conntrack.LastAck || f.TCPState == conntrack.Close,
+		Live:        f.TCPState >= conntrack.SynRecv && f.TCPState <= conntrack.LastAck || f.TCPState == conntrack.Close,
+		Offloaded:   f.Status.Offloaded(),
+		Established: f.TCPState == conntrack.Established, Left: f.Timeout,
 		Sent: f.Original.Packets, Answered: f.Reply.Packets,
 	}
 }

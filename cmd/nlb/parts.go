@@ -23,6 +23,7 @@ type kernel struct {
 	tally  tally
 	flows  flowTable
 	relay  *worker.Manager
+	rules  *nft.Dataplane
 	ipvs   *ipvs.Dataplane
 	close  func() error
 }
@@ -64,6 +65,7 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 		router: host.NewRouter(),
 		tally:  tally{dataplane, flows, relay},
 		relay:  relay,
+		rules:  dataplane,
 		ipvs:   virtual,
 		flows:  flowTable{dataplane, flows, prompter},
 		close:  func() error { return errors.Join(prompter.Close(), virtual.Close(), dataplane.Close()) },
@@ -74,6 +76,9 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 func (k *kernel) supports(spec *balancer.Spec) error {
 	if spec.Dataplane == balancer.IPVS {
 		return k.ipvs.Probe()
+	}
+	if spec.Flowtable {
+		return k.rules.ProbeFastPath()
 	}
 	return nil
 }

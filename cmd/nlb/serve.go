@@ -120,6 +120,7 @@ func (d *daemon) run(ctx context.Context, door *control.Socket) error {
 	g.Go(func() error { return d.kernel.relay.Run(ctx) })
 	g.Go(func() error { return d.kernel.flows.flows.Run(ctx) })
 	g.Go(func() error { return balancer.NewSweeper(d.reconciler, d.kernel.flows, d.log).Run(ctx) })
+	g.Go(func() error { return balancer.NewIdleKeeper(d.reconciler, d.kernel.flows, d.log).Run(ctx) })
 	g.Go(func() error { return balancer.NewObserver(d.reconciler, d.kernel.tally, d.log).Run(ctx) })
 	g.Go(func() error { return rememberHealth(ctx, d.settings.StateDir, d.reconciler.Snapshot, d.log) })
 	g.Go(func() error { return supervise(ctx, d.reconciler, d.log) })
