@@ -9,12 +9,14 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"nlb/bench/lab"
 	"nlb/internal/nstest"
 )
 
 // The scripts run in a network namespace of their own, with nlb and listen as
 // commands.
 func TestMain(m *testing.M) {
+	lab.MaybeRunAgent()
 	testscript.Main(isolated{m}, map[string]func(){"nlb": main, "listen": listen})
 }
 
