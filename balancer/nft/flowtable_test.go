@@ -297,6 +297,7 @@ func TestFastPath(t *testing.T) {
 			other := s.dial(c)
 			s.offload(c, other)
 			if c.proto == balancer.ProtoUDP {
+				s.losesNothing(c, conn)
 				return
 			}
 			p := s.converge(s.table(c, []int{0, 1}, true))
@@ -349,6 +350,45 @@ func (s *fastSite) countsExactly(c fastCase, conn net.Conn) {
 	if after[0]-before[0] < rounds || after[2]-before[2] < rounds {
 		s.t.Errorf("counted %v, then %v: fewer than were sent\n%s", before, after, forwarded())
 	}
+}
+
+// losesNothing makes the flowtable anew again and again while a flow goes on. UDP
+// repeats nothing: each packet that is lost shows.
+func (s *fastSite) losesNothing(c fastCase, conn net.Conn) {
+	s.t.Helper()
+	all := s.table(c, []int{0, 1}, false)
+	fewer := s.table(c, []int{0, 1}, false)
+	fewer.Table.FastPath = fewer.Table.FastPath[:2]
+	stop, talked := make(chan struct{}), make(chan error, 1)
+	asked := 0
+	go func() {
+		for {
+			select {
+			case <-stop:
+				talked <- nil
+				return
+			default:
+			}
+			if err := exchange(conn, fmt.Sprint("still ", asked)); err != nil {
+				talked <- err
+				return
+			}
+			asked++
+		}
+	}()
+	begun := time.Now()
+	const times = 10
+	for range times {
+		s.converge(fewer)
+		s.converge(all)
+	}
+	took := time.Since(begun)
+	close(stop)
+	if err := <-talked; err != nil {
+		s.t.Errorf("lost after %d questions: %v", asked, err)
+	}
+	s.t.Logf("made anew %d times in %v, %d questions meanwhile", 2*times, took, asked)
+	s.offload(c, conn)
 }
 
 // packets are the four accounts of the one entry that is offloaded.

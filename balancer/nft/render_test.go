@@ -296,3 +296,62 @@ func FuzzWire(f *testing.F) {
 		parseCount(b)
 	})
 }
+
+// The rules of the fast path, and how it ends flows; the rest is as in
+// everything.nft.
+func TestRenderFastPath(t *testing.T) {
+	table := everything()
+	plain := renderAfresh(t, table)
+	table.FastPath = []string{"eth1", "eth0"}
+	table.Pools[0].Observed = true
+	fast := renderAfresh(t, table)
+	short := newRuleset()
+	short.Flowtable = fast.Flowtable
+	short.Chains[chainForward] = fast.Chains[chainForward]
+	golden(t, "fast.nft", short.String())
+	for name, c := range fast.withoutFastPath().Chains {
+		if slices.ContainsFunc(c.Rules, Rule.offloads) {
+			t.Errorf("%s still offloads", name)
+		}
+	}
+	if lines := (&Plan{steps: diff(fast, fast.withoutFastPath())}).Lines(); len(lines) == 0 || plain.Flowtable != nil {
+		t.Error("the flowtable stays")
+	}
+}
+
+// A target that is ended makes the flowtable anew; whatever else changes leaves it.
+func TestPlanFastPath(t *testing.T) {
+	table := func(change func(*balancer.Table)) *Ruleset {
+		t := everything()
+		t.FastPath = []string{"eth0", "eth1"}
+		for i := range t.Pools {
+			t.Pools[i].Destinations = slices.Clone(t.Pools[i].Destinations)
+		}
+		change(t)
+		n, _ := newNumbers().assign(tableKeys(t))
+		return new(renderer).render(t, n)
+	}
+	before := table(func(*balancer.Table) {})
+	for _, c := range []struct {
+		name   string
+		change func(*balancer.Table)
+		want   []string
+	}{
+		{"nothing", func(*balancer.Table) {}, nil},
+		{"another weight", func(t *balancer.Table) { t.Pools[0].Destinations[1].Weight = 7 }, nil},
+		{"one less is ended", func(t *balancer.Table) { t.Pools[0].Destinations[2].Terminate = false }, nil},
+		{"one more is ended", func(t *balancer.Table) { t.Pools[0].Destinations[1].Terminate = true }, []string{"delete", "add"}},
+		{"a link comes", func(t *balancer.Table) { t.FastPath = append(t.FastPath, "eth2") }, []string{"delete", "add"}},
+		{"it is turned off", func(t *balancer.Table) { t.FastPath = nil }, []string{"delete"}},
+	} {
+		var got []string
+		for _, line := range (&Plan{steps: diff(before, table(c.change))}).Lines() {
+			if verb, rest, _ := strings.Cut(line, " "); strings.HasPrefix(rest, "flowtable") {
+				got = append(got, verb)
+			}
+		}
+		if diff := cmp.Diff(c.want, got); diff != "" {
+			t.Errorf("%s: %s", c.name, diff)
+		}
+	}
+}

@@ -4,7 +4,10 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -49,6 +52,32 @@ func idleNotes(spec *balancer.Spec) (notes []string) {
 		}
 	}
 	return notes
+}
+
+// establishedKey is the namespace's own timeout of established TCP flows.
+const establishedKey = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
+
+// leastEstablished is how long that has to be for a flowtable: entries that leave
+// it get no more than that, and are told by having more time left than any
+// listener's timeout (balancer.IdleKeeper). An hour is for what the flowtable
+// takes off and for the time until they are looked at.
+const leastEstablished = balancer.LongestIdle + time.Hour
+
+// keepsEstablished fails if the timeout in that file is too short for a flowtable.
+func keepsEstablished(path string) error {
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("flowtable: %w (connection tracking is not loaded: modprobe nf_conntrack)", err)
+	}
+	seconds, err := strconv.Atoi(strings.TrimSpace(string(content)))
+	if err != nil {
+		return fmt.Errorf("flowtable: %s: %w", path, err)
+	}
+	if least := int(leastEstablished.Seconds()); seconds < least {
+		return fmt.Errorf("flowtable: the idle timeouts of listeners cannot be kept while net.netfilter.nf_conntrack_tcp_timeout_established is %d "+
+			"(set it to %d at least, 432000 is the kernel's default, or flowtable: false)", seconds, least)
+	}
+	return nil
 }
 
 func printDataplaneNotes(w io.Writer, inForce, wanted *balancer.Spec) error {

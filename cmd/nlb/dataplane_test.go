@@ -1,6 +1,9 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -37,5 +40,25 @@ func TestDataplaneNotes(t *testing.T) {
 		if diff := cmp.Diff(c.want, dataplaneNotes(c.inForce, c.wanted)); diff != "" {
 			t.Errorf("%s: -want +got\n%s", c.name, diff)
 		}
+	}
+}
+
+func TestKeepsEstablished(t *testing.T) {
+	for _, c := range []struct{ content, want string }{
+		{"432000\n", ""},
+		{"9600\n", ""},
+		{"9599\n", "nf_conntrack_tcp_timeout_established is 9599 (set it to 9600 at least"},
+		{"\n", "invalid syntax"},
+	} {
+		path := filepath.Join(t.TempDir(), "established")
+		if err := os.WriteFile(path, []byte(c.content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := keepsEstablished(path); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%q: %v, want %q", c.content, err, c.want)
+		}
+	}
+	if err := keepsEstablished(filepath.Join(t.TempDir(), "none")); err == nil || !strings.Contains(err.Error(), "modprobe nf_conntrack") {
+		t.Errorf("a missing file: %v", err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -32,6 +33,8 @@ type fastLab struct {
 	t    *testing.T
 	file string
 	log  strings.Builder
+	// open has how many connections each target has, by its name.
+	open map[string]*atomic.Int64
 }
 
 // fastIdle is the listeners' idle timeout, the shortest there is.
@@ -160,7 +163,9 @@ func (l *fastLab) until(what string, ok func() bool) {
 // targets answer each line with it and their name.
 func (l *fastLab) targets() {
 	l.t.Helper()
+	l.open = make(map[string]*atomic.Int64)
 	for _, n := range l.Targets {
+		l.open[n.Name] = new(atomic.Int64)
 		for _, a := range []netip.Addr{n.Addr4, n.Addr6} {
 			at := netip.AddrPortFrom(a, 8080)
 			var tcp *net.TCPListener
@@ -175,13 +180,14 @@ func (l *fastLab) targets() {
 				l.t.Fatal(err)
 			}
 			l.t.Cleanup(func() { tcp.Close(); udp.Close() })
-			go serveLines(tcp, n.Name)
+			go serveLines(tcp, n.Name, l.open[n.Name])
 			go serveDatagrams(udp, n.Name)
 		}
 	}
 }
 
-func serveLines(l *net.TCPListener, name string) {
+// serveLines counts those who have said something: probes do not.
+func serveLines(l *net.TCPListener, name string, open *atomic.Int64) {
 	for {
 		conn, err := l.Accept()
 		if err != nil {
@@ -189,7 +195,13 @@ func serveLines(l *net.TCPListener, name string) {
 		}
 		go func() {
 			defer conn.Close()
+			said := false
 			for lines := bufio.NewScanner(conn); lines.Scan(); {
+				if !said {
+					said = true
+					open.Add(1)
+					defer open.Add(-1)
+				}
 				if _, err := fmt.Fprintln(conn, lines.Text(), name); err != nil {
 					return
 				}
@@ -312,6 +324,8 @@ func TestFlowtable(t *testing.T) {
 				t.Errorf("not reset but %v: %s", err, l.entry(conn))
 			}
 			t.Logf("reset %v after the drain", time.Since(begun))
+			l.until("the target is told", func() bool { return l.open[who].Load() == 0 })
+			t.Logf("both told %v after the drain", time.Since(begun))
 			l.until("the flow is forgotten", func() bool { return l.entry(conn) == "" })
 
 			l.run("nlb", "drain", "udp", at(whoUDP), "--socket", l.socket())
@@ -344,6 +358,9 @@ func TestFlowtable(t *testing.T) {
 // never been offloaded.
 func (l *fastLab) keepsIdleTimeout(conn net.Conn) {
 	l.t.Helper()
+	if _, err := say(conn, "the last word for now"); err != nil {
+		l.t.Fatal(err)
+	}
 	silent := time.Now()
 	var line string
 	var left int

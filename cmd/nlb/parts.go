@@ -78,7 +78,7 @@ func (k *kernel) supports(spec *balancer.Spec) error {
 		return k.ipvs.Probe()
 	}
 	if spec.Flowtable {
-		return k.rules.ProbeFastPath()
+		return errors.Join(k.rules.ProbeFastPath(), keepsEstablished(establishedKey))
 	}
 	return nil
 }

@@ -1,0 +1,174 @@
+package balancer
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+)
+
+// agingFlows is a FlowTimes of flows that a test changes, and notes what they are
+// given.
+type agingFlows struct {
+	begun time.Time
+	mu    sync.Mutex
+	flows []Flow
+	did   []string
+	looks int
+	err   error
+}
+
+func (a *agingFlows) Limit(_ context.Context, left func(Flow) (time.Duration, bool)) (n int, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.looks++
+	for i := range a.flows {
+		if d, ok := left(a.flows[i]); ok {
+			a.did = append(a.did, fmt.Sprintf("%v %v: %v", time.Since(a.begun), a.flows[i].Client.Port(), d))
+			a.flows[i].Left = d
+			n++
+		}
+	}
+	return n, a.err
+}
+
+// set changes the flow with that client port.
+func (a *agingFlows) set(port uint16, change func(*Flow)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	i := slices.IndexFunc(a.flows, func(f Flow) bool { return f.Client.Port() == port })
+	if i < 0 {
+		i = len(a.flows)
+		a.flows = append(a.flows, Flow{
+			Protocol: ProtoTCP, Client: netip.AddrPortFrom(addr("203.0.113.9"), port),
+			VIP: netip.MustParseAddrPort("198.51.100.10:80"), Ours: true, Established: true,
+		})
+	}
+	change(&a.flows[i])
+}
+
+func (a *agingFlows) taken() (did []string, looks int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	did, looks = a.did, a.looks
+	a.did, a.looks = nil, 0
+	return did, looks
+}
+
+// keeper runs an IdleKeeper for a listener with 350 s.
+func keeper(t *testing.T, fast bool) (*Reconciler, *agingFlows) {
+	t.Helper()
+	spec := webSpec(1)
+	spec.Flowtable = fast
+	r := NewReconciler(Options{Router: &fakeRouter{}, Log: zap.NewNop(), Spec: spec})
+	a := &agingFlows{begun: time.Now()}
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { _ = r.Run(ctx) })
+	running.Go(func() { _ = NewIdleKeeper(r, a, zap.NewNop()).Run(ctx) })
+	t.Cleanup(func() { cancel(); running.Wait() })
+	<-r.Attempted()
+	return r, a
+}
+
+func TestIdleKeeper(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, a := keeper(t, true)
+		offloaded := func(packets uint64) func(*Flow) {
+			return func(f *Flow) { f.Offloaded, f.Left, f.Sent, f.Answered = true, 0, packets, packets }
+		}
+		released := func(f *Flow) { f.Offloaded, f.Left = false, 24*time.Hour }
+		a.set(1, offloaded(10)) // silent from now on
+		a.set(2, offloaded(10)) // speaks once more just before it leaves
+		a.set(3, func(f *Flow) { released(f); f.Sent = 7 })
+		a.set(4, func(f *Flow) { f.Left = 350 * time.Second })
+		a.set(5, func(f *Flow) { released(f); f.Established = false })
+		a.set(6, offloaded(0)) // nobody counts
+		time.Sleep(31 * time.Second)
+		a.set(1, released)
+		a.set(2, func(f *Flow) { released(f); f.Sent++ })
+		a.set(6, released)
+		time.Sleep(5 * time.Second)
+		did, _ := a.taken()
+		want := []string{
+			"5s 3: 5m50s", // since when it is silent nobody knows
+			"35s 1: 5m20s", "35s 2: 5m50s", "35s 6: 5m50s",
+		}
+		if diff := cmp.Diff(want, did); diff != "" {
+			t.Error(diff)
+		}
+		// What was given holds.
+		time.Sleep(time.Minute)
+		if did, looks := a.taken(); len(did) > 0 || looks != 12 {
+			t.Errorf("%d looks, and %q", looks, did)
+		}
+		// A flow that was silent for longer than it may be has a second.
+		a.set(1, offloaded(10))
+		time.Sleep(10 * time.Minute)
+		a.set(1, released)
+		time.Sleep(5 * time.Second)
+		if did, _ := a.taken(); len(did) != 1 || did[0][len(did[0])-5:] != "1: 1s" {
+			t.Errorf("given %q, want one second", did)
+		}
+	})
+}
+
+// TestIdleKeeperRests has no flowtable, and then none any more.
+func TestIdleKeeperRests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, a := keeper(t, false)
+		// A second more, so that no look coincides with what the test does.
+		time.Sleep(time.Hour + time.Second)
+		if _, looks := a.taken(); looks != idleAgain {
+			t.Errorf("%d looks for what another time left, want %d", looks, idleAgain)
+		}
+		spec := webSpec(1)
+		spec.Flowtable = true
+		if err := r.SetSpec(t.Context(), spec); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		if _, looks := a.taken(); looks != 12 {
+			t.Errorf("%d looks in a minute", looks)
+		}
+		if err := r.SetSpec(t.Context(), webSpec(1)); err != nil {
+			t.Fatal(err)
+		}
+		a.set(1, func(f *Flow) { f.Left = 24 * time.Hour })
+		time.Sleep(time.Hour)
+		if did, looks := a.taken(); looks != idleAgain || len(did) != 1 {
+			t.Errorf("%d looks, and %q", looks, did)
+		}
+	})
+}
+
+func TestForwardFastPath(t *testing.T) {
+	spec := webSpec(1)
+	var many []string
+	for i := range 300 {
+		many = append(many, fmt.Sprintf("veth%03d", i))
+	}
+	routes := map[netip.Addr]Route{spec.TargetGroups[0].Targets[0].Address: {Interface: "veth299"}}
+	for _, c := range []struct {
+		name      string
+		flowtable bool
+		links     []string
+		want      int
+	}{{"off", false, many, 0}, {"no links", true, nil, 0}, {"two", true, []string{"eth1", "eth0"}, 2}, {"many", true, many, 256}} {
+		spec.Flowtable = c.flowtable
+		got := Forward(spec, View{Links: c.links, Routes: routes, Now: time.Now()}).Table.FastPath
+		if len(got) != c.want || !slices.IsSorted(got) {
+			t.Errorf("%s: %d interfaces: %v", c.name, len(got), got)
+		}
+		if c.name == "many" && !slices.Contains(got, "veth299") {
+			t.Errorf("%s: the way to the target is not among them", c.name)
+		}
+	}
+}
