@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -167,4 +168,27 @@ func FuzzDecode(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What a flowtable has is told without a state and a time.
+func TestOffloaded(t *testing.T) {
+	f := Flow{Protocol: TCP, TCPState: Established, Status: statusSeenReply | statusAssured | statusOffload}
+	if !f.Status.Offloaded() || Status(statusAssured).Offloaded() {
+		t.Error("the status does not tell")
+	}
+	if s := f.String(); !strings.Contains(s, "[OFFLOAD] mark") || strings.Contains(s, "ASSURED") {
+		t.Errorf("%q is not in conntrack's words", s)
+	}
+	r := record{original: tupleOf(unix.IPPROTO_TCP), status: uint32(f.Status)}
+	if got := r.flow(); got.TCPState != Established {
+		t.Errorf("state %v", got.TCPState)
+	}
+}
+
+// tupleOf is CTA_TUPLE_ORIG of a protocol alone.
+func tupleOf(proto uint8) []byte {
+	var in, out attrs
+	in.put(ctaProtoNum, []byte{proto})
+	out.put(ctaTupleProto|nested, in)
+	return out
 }

@@ -491,6 +491,34 @@ func TestRemoveSparesSuccessor(t *testing.T) {
 	}
 }
 
+func TestLimit(t *testing.T) {
+	host(t)
+	create(t, 0, 3, dns)
+	tr, _ := newTracker(t, nil)
+	ctx := context.Background()
+	before, err := tr.Flows(ctx, Filter{})
+	if err != nil || len(before) != 3 {
+		t.Fatalf("%d flows, %v", len(before), err)
+	}
+	chosen := before[1].Original.Src
+	n, err := tr.Limit(ctx, func(f Flow) (time.Duration, bool) {
+		return 7776*time.Second - time.Millisecond, f.Original.Src == chosen
+	})
+	if err != nil || n != 1 {
+		t.Errorf("limited %d, %v, want 1", n, err)
+	}
+	after, err := tr.Flows(ctx, Filter{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range after {
+		// The other flows were made with less.
+		if limited := f.Timeout > 7000*time.Second && f.Timeout <= 7776*time.Second; limited != (f.Original.Src == chosen) {
+			t.Errorf("%v has %v", f, f.Timeout)
+		}
+	}
+}
+
 // A listener whose buffer is full loses events. They are counted, said once, and
 // the next dumps put the ledger right.
 func TestLostEvents(t *testing.T) {
