@@ -61,25 +61,17 @@ func forward(spec *Spec, seen View, groups []TargetGroupStatus) *Desired {
 }
 
 // fastPath lists the interfaces of the fast path: all there are, because a client
-// may be behind any of them, up to the number that the kernel takes, and those
-// that lead to targets first.
+// may be behind any of them. If they are more than the kernel takes, those that
+// lead to targets are among them.
 func fastPath(spec *Spec, seen View) []string {
 	if !spec.Flowtable {
 		return nil
 	}
-	leads := make(map[string]bool)
+	rank := make(map[string]int)
 	for _, r := range seen.Routes {
-		leads[r.Interface] = true
+		rank[r.Interface] = -1
 	}
-	links := sortedSet(seen.Links, func(a, b string) int {
-		if leads[a] != leads[b] {
-			if leads[a] {
-				return -1
-			}
-			return 1
-		}
-		return cmp.Compare(a, b)
-	})
+	links := sortedSet(seen.Links, func(a, b string) int { return cmp.Or(rank[a]-rank[b], cmp.Compare(a, b)) })
 	return sortedSet(links[:min(len(links), mostFastPath)], cmp.Compare[string])
 }
 

@@ -22,21 +22,22 @@ type agingFlows struct {
 	flows []Flow
 	did   []string
 	looks int
-	err   error
+	takes time.Duration // a look, before it shows the first flow
 }
 
-func (a *agingFlows) Limit(_ context.Context, left func(Flow) (time.Duration, bool)) (n int, err error) {
+func (a *agingFlows) SetTimeouts(_ context.Context, timeout func(Flow) (time.Duration, bool)) (n int, err error) {
+	time.Sleep(a.takes)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.looks++
 	for i := range a.flows {
-		if d, ok := left(a.flows[i]); ok {
+		if d, ok := timeout(a.flows[i]); ok {
 			a.did = append(a.did, fmt.Sprintf("%v %v: %v", time.Since(a.begun), a.flows[i].Client.Port(), d))
 			a.flows[i].Left = d
 			n++
 		}
 	}
-	return n, a.err
+	return n, nil
 }
 
 // set changes the flow with that client port.
@@ -78,13 +79,17 @@ func keeper(t *testing.T, fast bool) (*Reconciler, *agingFlows) {
 	return r, a
 }
 
+// offloaded has the flow in the flowtable, with so many packets each way.
+func offloaded(packets uint64) func(*Flow) {
+	return func(f *Flow) { f.Offloaded, f.Left, f.Sent, f.Answered = true, 0, packets, packets }
+}
+
+// released has it left the flowtable.
+func released(f *Flow) { f.Offloaded, f.Left = false, 24*time.Hour }
+
 func TestIdleKeeper(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, a := keeper(t, true)
-		offloaded := func(packets uint64) func(*Flow) {
-			return func(f *Flow) { f.Offloaded, f.Left, f.Sent, f.Answered = true, 0, packets, packets }
-		}
-		released := func(f *Flow) { f.Offloaded, f.Left = false, 24*time.Hour }
 		a.set(1, offloaded(10)) // silent from now on
 		a.set(2, offloaded(10)) // speaks once more just before it leaves
 		a.set(3, func(f *Flow) { released(f); f.Sent = 7 })
@@ -109,13 +114,60 @@ func TestIdleKeeper(t *testing.T) {
 		if did, looks := a.taken(); len(did) > 0 || looks != 12 {
 			t.Errorf("%d looks, and %q", looks, did)
 		}
-		// A flow that was silent for longer than it may be has a second.
+		// A flow that was silent for longer than it may be has two looks left.
 		a.set(1, offloaded(10))
 		time.Sleep(10 * time.Minute)
 		a.set(1, released)
 		time.Sleep(5 * time.Second)
-		if did, _ := a.taken(); len(did) != 1 || did[0][len(did[0])-5:] != "1: 1s" {
-			t.Errorf("given %q, want one second", did)
+		if diff := cmp.Diff([]string{"11m40s 1: 10s"}, first(a.taken())); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+func first[A, B any](a A, _ B) A { return a }
+
+// A flow that speaks between being seen as silent and being given less time has
+// lost what the kernel gave it for that.
+func TestIdleKeeperGivesBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, a := keeper(t, true)
+		for port := range uint16(4) {
+			a.set(port, offloaded(10))
+		}
+		time.Sleep(31 * time.Second)
+		for port := range uint16(4) {
+			a.set(port, released)
+		}
+		time.Sleep(5 * time.Second)
+		want := []string{"35s 0: 5m20s", "35s 1: 5m20s", "35s 2: 5m20s", "35s 3: 5m20s"}
+		if diff := cmp.Diff(want, first(a.taken())); diff != "" {
+			t.Error(diff)
+		}
+		speaks := func(f *Flow) { f.Sent++ }
+		a.set(0, func(f *Flow) { speaks(f); f.Offloaded, f.Left = true, 0 })
+		a.set(1, speaks)
+		a.set(2, func(f *Flow) { speaks(f); f.Established = false })
+		time.Sleep(time.Minute)
+		if diff := cmp.Diff([]string{"40s 0: 24h0m0s", "40s 1: 5m50s"}, first(a.taken())); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+// A look takes time, in which flows speak. None is forgotten too early for that.
+func TestIdleKeeperLooksSlowly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, a := keeper(t, true)
+		a.takes = 2 * time.Second
+		time.Sleep(6 * time.Second) // a look has begun
+		a.set(1, offloaded(10))     // the last word
+		time.Sleep(20 * time.Second)
+		a.set(1, released)
+		time.Sleep(4 * time.Second)
+		// Seen after 7 s and after 29 s, since a look rests ten times as long.
+		if diff := cmp.Diff([]string{"29s 1: 5m28s"}, first(a.taken())); diff != "" {
+			t.Error(diff)
 		}
 	})
 }

@@ -88,8 +88,8 @@ func (r *record) flowID() flowID {
 	return flowID(maphash.Bytes(seed, r.original) ^ uint64(be32(r.id))*0x9e3779b97f4a7c15)
 }
 
-// A flowName is what a request to end one flow has to say: the tuple to find it
-// by, and the id so that a successor with the same tuple is spared.
+// A flowName is what a request about one flow has to say: the tuple to find it
+// by, and the id so that a successor with the same tuple is not ended in its place.
 type flowName struct {
 	family uint8
 	attrs  attrs

@@ -54,82 +54,80 @@ func (t *Tracker) ours(ctx context.Context, filter markFilter, begin func(), f f
 	})
 }
 
-// removeBatch is how many flows one send ends: few enough that each may fail
-// and the answers still fit the socket's buffer.
-const removeBatch = 1000
-
 // DeleteFunc ends each flow of this host that filter and doomed choose, ours or
 // not, and returns how many: a flow to a VIP from before there was a mark for it
 // is one that only its addresses tell.
 // Flows that ended by themselves meanwhile are not counted and no error; nor is
 // a new flow between the same ports ended in their place. doomed may be asked
-// twice about a flow. After an error some flows may have been ended.
+// twice about a flow. After an error some flows may have been ended; ErrOffloaded
+// says that all but some of those in a flowtable were.
 func (t *Tracker) DeleteFunc(ctx context.Context, filter Filter, doomed func(Flow) bool) (n int, err error) {
-	var names []flowName
-	err = t.dump(ctx, markFilter{filter.Mark, filter.Mask}, func() { names = nil }, func(r *record) error {
+	var requests []request
+	err = t.dump(ctx, markFilter{filter.Mark, filter.Mask}, func() { requests = nil }, func(r *record) error {
 		if r.mark&filter.Mask == filter.Mark && !Status(r.status).dying() && doomed(r.flow()) {
-			names = append(names, r.name())
+			requests = append(requests, request{msgDelete, r.name()})
 		}
 		return nil
 	})
-	if err != nil || len(names) == 0 {
+	if err != nil {
 		return 0, err
 	}
-	return t.remove(ctx, names)
+	if n, err = change(ctx, requests); err != nil {
+		err = fmt.Errorf("end flows: %w", err)
+	}
+	return n, err
+}
+
+// SetTimeouts gives each flow of ours that timeout chooses so much time to stay
+// idle, in whole seconds, rounded up, and returns to how many. timeout may be
+// asked twice about a flow. A flow that ended meanwhile is no error.
+func (t *Tracker) SetTimeouts(ctx context.Context, timeout func(Flow) (time.Duration, bool)) (n int, err error) {
+	var requests []request
+	err = t.ours(ctx, markFilter{}, func() { requests = nil }, func(r *record) error {
+		if d, ok := timeout(r.flow()); ok {
+			name := r.name()
+			name.attrs.u32(ctaTimeout, uint32((d+time.Second-1)/time.Second))
+			requests = append(requests, request{msgNew, name})
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	if n, err = change(ctx, requests); err != nil {
+		err = fmt.Errorf("set the timeouts of flows: %w", err)
+	}
+	return n, err
 }
 
 // ErrOffloaded is wrapped when flows were not ended because a flowtable has them.
 // Linux 6.4 and later end them all the same.
-var ErrOffloaded = errors.New("a flowtable has the flows")
+var ErrOffloaded = errors.New("a flowtable has them")
 
-func (t *Tracker) remove(ctx context.Context, names []flowName) (n int, err error) {
+// changeBatch is how many requests one send makes: few enough that each may fail
+// and the answers still fit the socket's buffer.
+const changeBatch = 1000
+
+// change makes the requests, and returns how many were carried out.
+func change(ctx context.Context, requests []request) (n int, err error) {
+	if len(requests) == 0 {
+		return 0, nil
+	}
 	c, err := dial()
 	if err != nil {
 		return 0, err
 	}
 	defer c.close()
 	held := 0
-	for len(names) > 0 && err == nil {
-		batch := names[:min(removeBatch, len(names))]
-		names = names[len(batch):]
-		var removed int
-		var busy []flowName
-		removed, busy, err = c.remove(ctx, batch)
-		n, held = n+removed, held+len(busy)
-	}
-	if err == nil && held > 0 {
-		err = fmt.Errorf("end %d flows: %w", held, ErrOffloaded)
-	}
-	return n, err
-}
-
-// Limit gives each flow of ours that left chooses so much time to stay idle, in
-// whole seconds, rounded up, and returns to how many. left may be asked twice
-// about a flow. A flow that ended meanwhile is no error.
-func (t *Tracker) Limit(ctx context.Context, left func(Flow) (time.Duration, bool)) (n int, err error) {
-	var requests []request
-	err = t.ours(ctx, markFilter{}, func() { requests = nil }, func(r *record) error {
-		if d, ok := left(r.flow()); ok {
-			name := r.name()
-			name.attrs.u32(ctaTimeout, uint32((d+time.Second-1)/time.Second))
-			requests = append(requests, request{msgNew, name.family, name.attrs})
+	for batch := range slices.Chunk(requests, changeBatch) {
+		done, busy, err := c.change(ctx, batch)
+		n, held = n+done, held+busy
+		if err != nil {
+			return n, err
 		}
-		return nil
-	})
-	if err != nil || len(requests) == 0 {
-		return 0, err
 	}
-	c, err := dial()
-	if err != nil {
-		return 0, err
+	if held > 0 {
+		return n, fmt.Errorf("%d of them: %w", held, ErrOffloaded)
 	}
-	defer c.close()
-	for len(requests) > 0 && err == nil {
-		batch := requests[:min(removeBatch, len(requests))]
-		requests = requests[len(batch):]
-		var done int
-		done, _, err = c.each(ctx, "limit a flow", batch)
-		n += done
-	}
-	return n, err
+	return n, nil
 }

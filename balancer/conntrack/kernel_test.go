@@ -426,8 +426,8 @@ func TestFlowsAgreeWithConntrackTool(t *testing.T) {
 func TestDeleteFunc(t *testing.T) {
 	host(t)
 	tr, clk := newTracker(t, nil)
-	create(t, 0, 3*removeBatch, dns)
-	create(t, 3*removeBatch, 100, foreign)
+	create(t, 0, 3*changeBatch, dns)
+	create(t, 3*changeBatch, 100, foreign)
 	datagrams(t, "2001:db8:1::9", "[2001:db8::10]:53", 1, 1)
 	strangers := 0
 	odd := func(f Flow) bool {
@@ -438,16 +438,16 @@ func TestDeleteFunc(t *testing.T) {
 		return f.Original.Src.Port()%2 == 1 || f.Original.Src.Addr().Is6()
 	}
 	n, err := tr.DeleteFunc(context.Background(), Filter{}, odd)
-	if want := 3*removeBatch/2 + 1; err != nil || n != want {
+	if want := 3*changeBatch/2 + 1; err != nil || n != want {
 		t.Errorf("deleted %d, %v, want %d", n, err, want)
 	}
 	if strangers < 100 {
 		t.Errorf("asked about %d flows of others, want all 100", strangers)
 	}
-	if got := counts(t, tr, clk)[dns].Active; got != 3*removeBatch/2 {
-		t.Errorf("%d flows left, want %d", got, 3*removeBatch/2)
+	if got := counts(t, tr, clk)[dns].Active; got != 3*changeBatch/2 {
+		t.Errorf("%d flows left, want %d", got, 3*changeBatch/2)
 	}
-	if n := tr.Stats().Table; n != 3*removeBatch/2+100 {
+	if n := tr.Stats().Table; n != 3*changeBatch/2+100 {
 		t.Errorf("%d flows in the table", n)
 	}
 	if n, err := tr.DeleteFunc(context.Background(), Filter{}, odd); err != nil || n != 0 {
@@ -455,8 +455,8 @@ func TestDeleteFunc(t *testing.T) {
 	}
 	everything := func(f Flow) bool { return true }
 	n, err = tr.DeleteFunc(context.Background(), Filter{Mark: dns, Mask: mask}, everything)
-	if err != nil || n != 3*removeBatch/2 {
-		t.Errorf("deleted %d of one mark, %v, want %d", n, err, 3*removeBatch/2)
+	if err != nil || n != 3*changeBatch/2 {
+		t.Errorf("deleted %d of one mark, %v, want %d", n, err, 3*changeBatch/2)
 	}
 }
 
@@ -478,12 +478,8 @@ func TestRemoveSparesSuccessor(t *testing.T) {
 	wrong := names[1].attrs
 	wrong[len(wrong)-1] ^= 0xff
 
-	c, err := dial()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.close()
-	if n, _, err := c.remove(context.Background(), []flowName{names[0], names[1], names[0]}); err != nil || n != 1 {
+	n, err := change(context.Background(), []request{{msgDelete, names[0]}, {msgDelete, names[1]}, {msgDelete, names[0]}})
+	if err != nil || n != 1 {
 		t.Errorf("removed %d, %v, want 1", n, err)
 	}
 	if got := counts(t, tr, clk)[dns].Active; got != 1 {
@@ -491,7 +487,7 @@ func TestRemoveSparesSuccessor(t *testing.T) {
 	}
 }
 
-func TestLimit(t *testing.T) {
+func TestSetTimeouts(t *testing.T) {
 	host(t)
 	create(t, 0, 3, dns)
 	tr, _ := newTracker(t, nil)
@@ -501,11 +497,11 @@ func TestLimit(t *testing.T) {
 		t.Fatalf("%d flows, %v", len(before), err)
 	}
 	chosen := before[1].Original.Src
-	n, err := tr.Limit(ctx, func(f Flow) (time.Duration, bool) {
+	n, err := tr.SetTimeouts(ctx, func(f Flow) (time.Duration, bool) {
 		return 7776*time.Second - time.Millisecond, f.Original.Src == chosen
 	})
 	if err != nil || n != 1 {
-		t.Errorf("limited %d, %v, want 1", n, err)
+		t.Errorf("changed %d, %v, want 1", n, err)
 	}
 	after, err := tr.Flows(ctx, Filter{})
 	if err != nil {
@@ -513,7 +509,7 @@ func TestLimit(t *testing.T) {
 	}
 	for _, f := range after {
 		// The other flows were made with less.
-		if limited := f.Timeout > 7000*time.Second && f.Timeout <= 7776*time.Second; limited != (f.Original.Src == chosen) {
+		if changed := f.Timeout > 7000*time.Second && f.Timeout <= 7776*time.Second; changed != (f.Original.Src == chosen) {
 			t.Errorf("%v has %v", f, f.Timeout)
 		}
 	}

@@ -295,44 +295,27 @@ func (c *conn) dump(ctx context.Context, filter markFilter, f func(*record) erro
 	})
 }
 
-// A request is a message about one flow, to be acknowledged or to fail.
+// A request asks for a change of one flow: it is of type msgNew or msgDelete.
 type request struct {
-	typ    uint16
-	family uint8
-	attrs  attrs
+	typ  uint16
+	flow flowName // and what to change
 }
 
-// remove ends flows one by one, in a single send, and returns how many were
-// still there. busy lists those that the kernel does not let go of, because a
-// flowtable has them.
-func (c *conn) remove(ctx context.Context, names []flowName) (removed int, busy []flowName, err error) {
-	requests := make([]request, len(names))
-	for i, name := range names {
-		requests[i] = request{msgDelete, name.family, name.attrs}
-	}
-	removed, held, err := c.each(ctx, "end a flow", requests)
-	for _, i := range held {
-		busy = append(busy, names[i])
-	}
-	return removed, busy, err
-}
-
-// each makes the requests in a single send, and returns how many were carried out.
-// A flow that ended by itself is no error, nor is one that is busy, whose request
-// is in the list.
-func (c *conn) each(ctx context.Context, what string, requests []request) (done int, busy []int, err error) {
+// change makes the requests in a single send, and returns how many were carried
+// out and how many not because a flowtable has the flow. A flow that ended by
+// itself counts in neither and is no error.
+func (c *conn) change(ctx context.Context, requests []request) (done, held int, err error) {
 	var b []byte
-	first := c.seq + 1
 	for i, r := range requests {
 		flags := uint16(0)
 		if i == len(requests)-1 {
 			flags = unix.NLM_F_ACK // the others answer only when they fail
 		}
 		c.seq++
-		b = appendMessage(b, r.typ, flags, c.seq, r.family, r.attrs)
+		b = appendMessage(b, r.typ, flags, c.seq, r.flow.family, r.flow.attrs)
 	}
 	if err := c.send(b); err != nil {
-		return 0, nil, err
+		return 0, 0, err
 	}
 	done = len(requests)
 	var failed error
@@ -345,13 +328,13 @@ func (c *conn) each(ctx context.Context, what string, requests []request) (done 
 			done--
 		}
 		switch errno {
-		case 0, unix.ENOENT:
+		case 0, unix.ENOENT, unix.ETIME: // it ended, or was about to
 		case unix.EBUSY:
-			busy = append(busy, int(m.seq-first))
+			held++
 		default:
-			failed = fmt.Errorf("%s: %w", what, errno)
+			failed = errno
 		}
 		return m.seq == c.seq, nil
 	})
-	return done, busy, errors.Join(failed, err)
+	return done, held, errors.Join(failed, err)
 }

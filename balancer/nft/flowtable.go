@@ -69,7 +69,7 @@ func flowtableOf(t *balancer.Table) *Flowtable {
 	if len(t.FastPath) == 0 {
 		return nil
 	}
-	return &Flowtable{Name: flowtableName, Flags: flowtableCounter, Devices: slices.Sorted(slices.Values(t.FastPath))}
+	return &Flowtable{Name: flowtableName, Flags: flowtableCounter, Devices: t.FastPath}
 }
 
 // offloadRule hands established flows of ours to the flowtable. They are assured
@@ -99,12 +99,12 @@ func (b *ruleBuilder) flowAdd(name string) {
 const ctOffload = 1 << 14
 
 // releasedRule drops the segments of flows that are being ended and that the
-// former flowtable has not given back yet. Its packets do not pass it any more,
-// but until it is destroyed, some milliseconds after the transaction, it owns
-// them, and when it gives them back it takes the time that they have left from
-// the state that they are in (flow_offload_fixup_ct): a flow that our reset had
-// closed meanwhile would be forgotten before its other end is told. Whoever sent
-// the segment sends it again.
+// former flowtable has not released yet. Packets do not pass that any more, but
+// until it is destroyed, some milliseconds after the transaction, it has the
+// flows, and when it releases them it takes the time that they have left from the
+// state that they are in (flow_offload_fixup_ct): a flow that our reset had closed
+// meanwhile would be forgotten before its other end is told. Whoever sent the
+// segment sends it again.
 func releasedRule() Rule {
 	return rule(func(b *ruleBuilder) {
 		b.l4proto(unix.IPPROTO_TCP)
@@ -124,15 +124,11 @@ func remade(have, want *Ruleset) bool {
 	if !have.Flowtable.equal(want.Flowtable) {
 		return true
 	}
-	add, _ := elemChanges(have.Sets[setEnded], orEmpty(want.Sets[setEnded]))
-	return len(add) > 0
-}
-
-func orEmpty(s *Set) *Set {
-	if s == nil {
-		return &Set{kind: endedKind}
+	if ended := want.Sets[setEnded]; ended != nil {
+		add, _ := elemChanges(have.Sets[setEnded], ended)
+		return len(add) > 0
 	}
-	return s
+	return false
 }
 
 // flowtableChanges are what comes before rules are added and after they are

@@ -133,20 +133,22 @@ func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 	nat := func(name string, hook uint32, priority int32, rules ...Rule) *Chain {
 		return &Chain{Name: name, Base: &Base{Type: "nat", Hook: hook, Priority: priority}, Rules: rules}
 	}
-	fast := len(t.FastPath) > 0
 	filter := func(name string, hook uint32, rules ...Rule) *Chain {
-		if observed {
-			rules = append(toOutcomes(hook), rules...)
-		}
-		if fast && hook == unix.NF_INET_FORWARD {
-			rules = append([]Rule{offloadRule()}, rules...)
+		var before []Rule
+		fast := len(t.FastPath) > 0 && hook == unix.NF_INET_FORWARD
+		if ending && fast {
+			before = append(before, releasedRule())
 		}
 		if ending {
-			rules = append(endRules(), rules...)
+			before = append(before, endRules()...)
 		}
-		if ending && fast && hook == unix.NF_INET_FORWARD {
-			rules = append([]Rule{releasedRule()}, rules...)
+		if fast {
+			before = append(before, offloadRule())
 		}
+		if observed {
+			before = append(before, toOutcomes(hook)...)
+		}
+		rules = append(before, rules...)
 		return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityFilter}, Rules: rules}
 	}
 	toDispatch := rule(func(b *ruleBuilder) { b.jump(chainDispatch) })

@@ -302,7 +302,7 @@ func FuzzWire(f *testing.F) {
 func TestRenderFastPath(t *testing.T) {
 	table := everything()
 	plain := renderAfresh(t, table)
-	table.FastPath = []string{"eth1", "eth0"}
+	table.FastPath = []string{"eth0", "eth1"}
 	table.Pools[0].Observed = true
 	fast := renderAfresh(t, table)
 	short := newRuleset()

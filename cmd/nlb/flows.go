@@ -103,10 +103,6 @@ func (t flowTable) Prune(ctx context.Context, stale func(balancer.Flow) bool) (i
 	return t.delete(ctx, conntrack.Filter{}, func(f conntrack.Flow) bool { return stale(t.flow(f)) })
 }
 
-// handedBack bounds the wait until flows have left the flowtable: the kernel
-// destroys it after a grace period of all processors.
-const handedBack = 2 * time.Second
-
 // delete ends flows, those in the flowtable too. Linux before 6.4 ends none of
 // them, so that they have to leave it first, and be kept from coming back with
 // their next packet.
@@ -119,31 +115,40 @@ func (t flowTable) delete(ctx context.Context, filter conntrack.Filter, doomed f
 	if err != nil {
 		return n, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, handedBack)
-	defer cancel()
-	tick := time.NewTicker(handedBack / 100)
+	more, err := t.deleteReleased(ctx, filter, doomed)
+	return n + more, errors.Join(err, resume())
+}
+
+// released bounds the wait until flows have left the flowtable: the kernel
+// destroys it after a grace period of all processors.
+const released = 2 * time.Second
+
+// deleteReleased ends flows that the flowtable is about to release.
+func (t flowTable) deleteReleased(ctx context.Context, filter conntrack.Filter, doomed func(conntrack.Flow) bool) (n int, err error) {
+	deadline := time.Now().Add(released)
+	tick := time.NewTicker(released / 100)
 	defer tick.Stop()
 	for {
 		more, err := t.flows.DeleteFunc(ctx, filter, doomed)
 		n += more
-		if !errors.Is(err, conntrack.ErrOffloaded) {
-			return n, errors.Join(err, resume())
+		if !errors.Is(err, conntrack.ErrOffloaded) || time.Now().After(deadline) {
+			return n, err
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return n, errors.Join(err, resume())
+			return n, err
 		}
 	}
 }
 
-// Limit implements balancer.FlowTimes.
-func (t flowTable) Limit(ctx context.Context, left func(balancer.Flow) (time.Duration, bool)) (int, error) {
-	return t.flows.Limit(ctx, func(f conntrack.Flow) (time.Duration, bool) {
+// SetTimeouts implements balancer.FlowTimes.
+func (t flowTable) SetTimeouts(ctx context.Context, timeout func(balancer.Flow) (time.Duration, bool)) (int, error) {
+	return t.flows.SetTimeouts(ctx, func(f conntrack.Flow) (time.Duration, bool) {
 		if f.Protocol != conntrack.TCP {
 			return 0, false
 		}
-		return left(t.flow(f))
+		return timeout(t.flow(f))
 	})
 }
 
@@ -174,9 +179,8 @@ func (t flowTable) flow(f conntrack.Flow) balancer.Flow {
 		Protocol: uint8(f.Protocol),
 		Client:   f.Original.Src, VIP: f.Original.Dst, Source: f.Reply.Dst, Target: f.Reply.Src,
 		To: to, Ours: ours, By: by,
-		Live:        f.TCPState >= conntrack.SynRecv && f.TCPState <= conntrack.LastAck || f.TCPState == conntrack.Close,
-		Offloaded:   f.Status.Offloaded(),
-		Established: f.TCPState == conntrack.Established, Left: f.Timeout,
+		Live:      f.TCPState >= conntrack.SynRecv && f.TCPState <= conntrack.LastAck || f.TCPState == conntrack.Close,
+		Offloaded: f.Status.Offloaded(), Established: f.TCPState == conntrack.Established, Left: f.Timeout,
 		Sent: f.Original.Packets, Answered: f.Reply.Packets,
 	}
 }

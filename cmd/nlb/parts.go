@@ -23,7 +23,7 @@ type kernel struct {
 	tally  tally
 	flows  flowTable
 	relay  *worker.Manager
-	rules  *nft.Dataplane
+	nft    *nft.Dataplane
 	ipvs   *ipvs.Dataplane
 	close  func() error
 }
@@ -65,7 +65,7 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 		router: host.NewRouter(),
 		tally:  tally{dataplane, flows, relay},
 		relay:  relay,
-		rules:  dataplane,
+		nft:    dataplane,
 		ipvs:   virtual,
 		flows:  flowTable{dataplane, flows, prompter},
 		close:  func() error { return errors.Join(prompter.Close(), virtual.Close(), dataplane.Close()) },
@@ -78,7 +78,7 @@ func (k *kernel) supports(spec *balancer.Spec) error {
 		return k.ipvs.Probe()
 	}
 	if spec.Flowtable {
-		return errors.Join(k.rules.ProbeFastPath(), keepsEstablished(establishedKey))
+		return errors.Join(k.nft.ProbeFastPath(), keepsEstablished(establishedKey))
 	}
 	return nil
 }
