@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -31,22 +32,37 @@ type udpLoad struct {
 	flows    []int // the client's sockets
 }
 
-// newEstablished sends packets of as many flows as are in a batch. Each has had
-// a packet in both directions: connection tracking would not call it established
-// otherwise.
+// assured is after how long connection tracking takes a UDP flow that both ends
+// have spoken in for a stream (nf_conntrack_udp_packet). From then on it stays the
+// same for every packet, and a flowtable takes it.
+const assured = 2*time.Second + 100*time.Millisecond
+
+// newEstablished sends packets of as many flows as are in a batch, which are
+// assured.
 func newEstablished(s *site) (load, error) {
 	l, err := newUDPLoad(s)
 	if err != nil {
 		return nil, err
 	}
+	if err := l.establishAll(); err != nil {
+		l.close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (l *udpLoad) establishAll() error {
 	for i := range batchSize {
 		if err := l.establish(firstFlow + i); err != nil {
-			l.close()
-			return nil, fmt.Errorf("UDP flow from port %d: %w", firstFlow+i, err)
+			return fmt.Errorf("UDP flow from port %d: %w", firstFlow+i, err)
 		}
 		l.put(i, firstFlow+i)
 	}
-	return l, nil
+	time.Sleep(assured)
+	if _, err := l.run(); err != nil {
+		return err
+	}
+	return l.site.checkOffloaded(batchSize)
 }
 
 // newFresh sends the first packets of flows.

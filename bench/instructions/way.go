@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,7 @@ type way struct {
 	// balancer is only a router and clients know the targets.
 	dataplane, clientIP string
 	listeners           int
+	flowtable           bool
 	// masked is for those where targets see the balancer and not the client.
 	masked bool
 	// here has the balancer's own sockets for a target.
@@ -103,6 +105,8 @@ var ways = []way{
 	{name: "nlb nftables, preserve, 1000 listeners", against: minimalDNAT, dataplane: "nftables", clientIP: "preserve", listeners: many},
 	{name: minimalSNAT, masked: true, setup: setupSNAT},
 	{name: "nlb nftables, snat", against: minimalSNAT, dataplane: "nftables", clientIP: "snat", masked: true, listeners: 1},
+	{name: "nlb nftables with flowtable, preserve", against: minimalDNAT, dataplane: "nftables", clientIP: "preserve", listeners: 1, flowtable: true},
+	{name: "nlb nftables with flowtable, snat", against: minimalSNAT, dataplane: "nftables", clientIP: "snat", masked: true, listeners: 1, flowtable: true},
 	{name: plainIPVS, setup: setupIPVS},
 	{name: trackedIPVS, setup: setupTrackedIPVS},
 	{name: "nlb ipvs, preserve", against: trackedIPVS, dataplane: "ipvs", clientIP: "preserve", listeners: 1},
@@ -169,7 +173,7 @@ func (s *site) script(ctx context.Context) error {
 
 // config is nlb's configuration.
 func (s *site) config() string {
-	return s.Config(measure.Forwarding{Dataplane: s.dataplane, ClientIP: s.clientIP, Listeners: s.listeners})
+	return s.Config(measure.Forwarding{Dataplane: s.dataplane, ClientIP: s.clientIP, Listeners: s.listeners, Flowtable: s.flowtable})
 }
 
 // patience is how long nlb may take to begin and to end, by the guest's clock: a
@@ -187,6 +191,21 @@ func (s *site) install(ctx context.Context, program string) error {
 	err := s.Balancer.Await(ctx, patience, func(context.Context) error { return errors.New("nlb still runs") })
 	if !errors.Is(err, measure.ErrEnded) {
 		return fmt.Errorf("%w\n%s", err, s.Balancer.Said())
+	}
+	return nil
+}
+
+// checkOffloaded fails if there is a flowtable and not so many UDP flows are in it.
+func (s *site) checkOffloaded(flows int) error {
+	if !s.flowtable {
+		return nil
+	}
+	out, err := s.LB.Command(context.Background(), "conntrack", "-L", "-p", "udp").Output()
+	if err != nil {
+		return fmt.Errorf("list UDP flows: %w", err)
+	}
+	if got := strings.Count(string(out), "[OFFLOAD]"); got != flows {
+		return fmt.Errorf("%d UDP flows are in the flowtable, not %d:\n%s", got, flows, out)
 	}
 	return nil
 }

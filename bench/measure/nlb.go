@@ -23,6 +23,7 @@ type Forwarding struct {
 	ClientIP  string
 	Untracked bool // relay.conntrack: false
 	Listeners int  // from Port upwards
+	Flowtable bool
 }
 
 // Config is nlb's configuration in this network. Health is found once, at the
@@ -32,6 +33,7 @@ func (s *Site) Config(f Forwarding) string {
 	if f.Dataplane != "" {
 		fmt.Fprintf(&b, "dataplane: %s\n", f.Dataplane)
 	}
+	fmt.Fprintf(&b, "flowtable: %v\n", f.Flowtable)
 	if f.Untracked {
 		b.WriteString("relay: {conntrack: false}\n")
 	}
