@@ -137,12 +137,13 @@ func TestFull(t *testing.T) {
 		File: "full.good.yml",
 		Spec: &balancer.Spec{
 			SourceAddresses: []netip.Addr{addr("10.0.0.2"), addr("10.0.0.3"), addr("2001:db8:1::2")},
+			Flowtable:       true,
 			UntrackedRelay:  true,
 			VIPs:            []balancer.VIP{{Address: vip4, Interface: "eth0.100"}, {Address: vip6}},
 			Listeners: []balancer.Listener{{
 				Name: "dns", VIP: vip6, Protocol: balancer.TCPUDP, Port: 53,
 				Forward:        []balancer.WeightedGroup{{TargetGroup: "dns-blue", Weight: 999}, {TargetGroup: "dns-green", Weight: 0}},
-				TCPIdleTimeout: 6000 * time.Second,
+				TCPIdleTimeout: balancer.LongestIdle,
 				Allow:          []netip.Prefix{prefix("2001:db8:99::/48"), prefix("2001:db8:98::1/128"), prefix("203.0.113.0/24")},
 			}, {
 				Name: "web", VIP: vip4, Protocol: balancer.TCP, Port: 443, TCPIdleTimeout: 350 * time.Second, Allow: everybody,

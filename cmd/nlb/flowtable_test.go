@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -32,8 +33,7 @@ type fastLab struct {
 	*lab.Topology
 	t    *testing.T
 	file string
-	log  strings.Builder
-	// open has how many connections each target has, by its name.
+	// open has how many connections each target has, by its name and the family.
 	open map[string]*atomic.Int64
 }
 
@@ -67,18 +67,24 @@ target_groups:
     targets: *targets
 `
 
-func newFastLab(t *testing.T) *fastLab {
+// missingFlowtables says what the kernel lacks.
+func missingFlowtables(t *testing.T) error {
 	t.Helper()
 	plane, err := nft.New(zap.NewNop(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = plane.ProbeFastPath()
+	missing := plane.ProbeFastPath()
 	if err := plane.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err != nil {
-		t.Skip(err)
+	return missing
+}
+
+func newFastLab(t *testing.T) *fastLab {
+	t.Helper()
+	if missing := missingFlowtables(t); missing != nil {
+		t.Skip(missing)
 	}
 	top, err := lab.Routed(lab.Options{})
 	if err != nil {
@@ -117,11 +123,27 @@ func (l *fastLab) configure(flowtable bool) {
 
 func (l *fastLab) socket() string { return filepath.Join(filepath.Dir(l.file), "nlb.sock") }
 
+func (l *fastLab) logFile() string { return filepath.Join(filepath.Dir(l.file), "nlb.log") }
+
+// logged is what the daemon has printed.
+func (l *fastLab) logged() string {
+	b, err := os.ReadFile(l.logFile())
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
+}
+
 // serve runs the daemon until the test ends.
 func (l *fastLab) serve() {
 	l.t.Helper()
 	cmd := l.LB.Command(context.Background(), "nlb", "serve", "-c", l.file, "--socket", l.socket())
-	cmd.Stdout, cmd.Stderr = &l.log, &l.log
+	log, err := os.Create(l.logFile())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
 		l.t.Fatal(err)
 	}
@@ -129,17 +151,13 @@ func (l *fastLab) serve() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		_ = cmd.Wait()
 		if l.t.Failed() {
-			l.t.Log(l.log.String())
+			l.t.Log(l.logged())
 		}
 	})
 	l.until("all targets are healthy", func() bool {
-		out, err := l.command("nlb", "status", "--socket", l.socket(), "-o", "json").Output()
+		out, err := l.LB.Command(l.t.Context(), "nlb", "status", "--socket", l.socket(), "-o", "json").Output()
 		return err == nil && strings.Count(string(out), `"healthy"`) == 8
 	})
-}
-
-func (l *fastLab) command(name string, args ...string) interface{ Output() ([]byte, error) } {
-	return l.LB.Command(l.t.Context(), name, args...)
 }
 
 func (l *fastLab) run(name string, args ...string) string {
@@ -155,7 +173,7 @@ func (l *fastLab) until(what string, ok func() bool) {
 	l.t.Helper()
 	for deadline := time.Now().Add(patience); !ok(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			l.t.Fatalf("not within %v: %s\n%s", patience, what, l.log.String())
+			l.t.Fatalf("not within %v: %s\n%s", patience, what, l.logged())
 		}
 	}
 }
@@ -165,8 +183,9 @@ func (l *fastLab) targets() {
 	l.t.Helper()
 	l.open = make(map[string]*atomic.Int64)
 	for _, n := range l.Targets {
-		l.open[n.Name] = new(atomic.Int64)
-		for _, a := range []netip.Addr{n.Addr4, n.Addr6} {
+		for family, a := range map[string]netip.Addr{"ip4": n.Addr4, "ip6": n.Addr6} {
+			open := new(atomic.Int64)
+			l.open[n.Name+family] = open
 			at := netip.AddrPortFrom(a, 8080)
 			var tcp *net.TCPListener
 			var udp *net.UDPConn
@@ -180,7 +199,7 @@ func (l *fastLab) targets() {
 				l.t.Fatal(err)
 			}
 			l.t.Cleanup(func() { tcp.Close(); udp.Close() })
-			go serveLines(tcp, n.Name, l.open[n.Name])
+			go serveLines(tcp, n.Name, open)
 			go serveDatagrams(udp, n.Name)
 		}
 	}
@@ -290,92 +309,119 @@ func (l *fastLab) offload(conn net.Conn) (who string) {
 // secondsLeft is how long the flow of a line of conntrack -L is remembered.
 var secondsLeft = regexp.MustCompile(`(?:tcp|udp) +\d+ (\d+) `)
 
-// TestFlowtable has flows of both protocols and families offloaded by the daemon,
-// forgotten in time and ended.
-func TestFlowtable(t *testing.T) {
-	l := newFastLab(t)
-	for _, f := range []struct {
-		name string
-		vip  netip.Addr
-		of   func(*lab.Node) netip.Addr
-	}{
-		{"ip4", lab.VIP4, func(n *lab.Node) netip.Addr { return n.Addr4 }},
-		{"ip6", lab.VIP6, func(n *lab.Node) netip.Addr { return n.Addr6 }},
-	} {
-		t.Run(f.name, func(t *testing.T) {
-			l.t = t
-			conn, udp := l.dial("tcp", f.vip, 80), l.dial("udp", f.vip, 53)
-			who, whoUDP := l.offload(conn), l.offload(udp)
-			l.keepsIdleTimeout(conn)
-			l.offload(conn)
-			l.offload(udp)
-			at := func(name string) string {
-				for _, n := range l.Targets {
-					if n.Name == name {
-						return netip.AddrPortFrom(f.of(n), 8080).String()
-					}
-				}
-				t.Fatalf("no target %q", name)
-				return ""
-			}
-			l.run("nlb", "drain", "tcp", at(who), "--socket", l.socket())
-			begun := time.Now()
-			if _, err := say(conn, "are you there?"); !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("not reset but %v: %s", err, l.entry(conn))
-			}
-			t.Logf("reset %v after the drain", time.Since(begun))
-			l.until("the target is told", func() bool { return l.open[who].Load() == 0 })
-			t.Logf("both told %v after the drain", time.Since(begun))
-			l.until("the flow is forgotten", func() bool { return l.entry(conn) == "" })
-
-			l.run("nlb", "drain", "udp", at(whoUDP), "--socket", l.socket())
-			begun = time.Now()
-			l.until("the flow follows", func() bool {
-				who, err := say(udp, "who are you?")
-				return err == nil && who != whoUDP
-			})
-			t.Logf("followed %v after the drain", time.Since(begun))
-			l.offload(udp)
-			l.run("nlb", "undrain", "tcp", at(who), "--socket", l.socket())
-			l.run("nlb", "undrain", "udp", at(whoUDP), "--socket", l.socket())
-		})
-	}
-	t.Run("off", func(t *testing.T) {
-		l.t = t
-		conn := l.dial("tcp", lab.VIP4, 80)
-		l.offload(conn)
-		l.configure(false)
-		l.run("nlb", "reload", "--socket", l.socket())
-		l.until("no flow is offloaded", func() bool { return !strings.Contains(l.entry(conn), "OFFLOAD") })
-		l.keepsIdleTimeout(conn)
-		if list := l.run("nft", "list", "table", "inet", "nlb"); strings.Contains(list, "flow add") || strings.Contains(list, "flowtable") {
-			t.Errorf("something is left:\n%s", list)
-		}
-	})
+// fastFlows are a client's flows to the VIP of one family, which are offloaded.
+type fastFlows struct {
+	family   string
+	vip      netip.Addr
+	of       func(*lab.Node) netip.Addr
+	tcp, udp net.Conn
+	// Who answers them.
+	tcpTarget, udpTarget string
 }
 
-// keepsIdleTimeout is silent until the flow is about to be forgotten as if it had
-// never been offloaded.
-func (l *fastLab) keepsIdleTimeout(conn net.Conn) {
+// targetOf is the target's address and port, as nlb drain wants it.
+func (f *fastFlows) targetOf(l *fastLab, name string) string {
+	i := slices.IndexFunc(l.Targets, func(n *lab.Node) bool { return n.Name == name })
+	return netip.AddrPortFrom(f.of(l.Targets[i]), 8080).String()
+}
+
+// TestFlowtable has flows of both protocols and families offloaded by the daemon,
+// forgotten in time and ended. What takes time is awaited for both families at once.
+func TestFlowtable(t *testing.T) {
+	l := newFastLab(t)
+	families := []*fastFlows{
+		{family: "ip4", vip: lab.VIP4, of: func(n *lab.Node) netip.Addr { return n.Addr4 }},
+		{family: "ip6", vip: lab.VIP6, of: func(n *lab.Node) netip.Addr { return n.Addr6 }},
+	}
+	for _, f := range families {
+		f.tcp, f.udp = l.dial("tcp", f.vip, 80), l.dial("udp", f.vip, 53)
+	}
+	for _, f := range families {
+		f.tcpTarget, f.udpTarget = l.offload(f.tcp), l.offload(f.udp)
+	}
+	l.awaitIdleTimeout(l.lastWords(families), families)
+	for _, f := range families {
+		t.Run(f.family, func(t *testing.T) {
+			l.t = t
+			l.offload(f.tcp)
+			l.offload(f.udp)
+			l.endsTCP(f)
+			l.movesUDP(f)
+		})
+	}
+	l.t = t
+	for _, f := range families {
+		l.run("nlb", "undrain", "tcp", f.targetOf(l, f.tcpTarget), "--socket", l.socket())
+		f.tcp = l.dial("tcp", f.vip, 80)
+		l.offload(f.tcp)
+	}
+	silent := l.lastWords(families)
+	l.configure(false)
+	l.run("nlb", "reload", "--socket", l.socket())
+	if list := l.run("nft", "list", "table", "inet", "nlb"); strings.Contains(list, "flow add") || strings.Contains(list, "flowtable") {
+		t.Errorf("turned off, but something is left:\n%s", list)
+	}
+	l.awaitIdleTimeout(silent, families)
+}
+
+// endsTCP drains the target of an offloaded flow: both ends are reset.
+func (l *fastLab) endsTCP(f *fastFlows) {
 	l.t.Helper()
-	if _, err := say(conn, "the last word for now"); err != nil {
-		l.t.Fatal(err)
+	l.run("nlb", "drain", "tcp", f.targetOf(l, f.tcpTarget), "--socket", l.socket())
+	begun := time.Now()
+	if _, err := say(f.tcp, "are you there?"); !errors.Is(err, syscall.ECONNRESET) {
+		l.t.Errorf("not reset but %v: %s", err, l.entry(f.tcp))
 	}
-	silent := time.Now()
-	var line string
-	var left int
-	l.until("the flow has the listener's idle timeout", func() bool {
-		line = l.entry(conn)
-		m := secondsLeft.FindStringSubmatch(line)
-		if m == nil || strings.Contains(line, "OFFLOAD") {
-			return false
-		}
-		left, _ = strconv.Atoi(m[1])
-		return left <= fastIdle
+	l.t.Logf("reset %v after the drain", time.Since(begun))
+	l.until("the target is told", func() bool { return l.open[f.tcpTarget+f.family].Load() == 0 })
+	l.t.Logf("both told %v after the drain", time.Since(begun))
+	l.until("the flow is forgotten", func() bool { return l.entry(f.tcp) == "" })
+}
+
+// movesUDP drains the target of an offloaded flow, which chooses anew.
+func (l *fastLab) movesUDP(f *fastFlows) {
+	l.t.Helper()
+	l.run("nlb", "drain", "udp", f.targetOf(l, f.udpTarget), "--socket", l.socket())
+	begun := time.Now()
+	l.until("the flow follows", func() bool {
+		who, err := say(f.udp, "who are you?")
+		return err == nil && who != f.udpTarget
 	})
-	// Never too early; a packet of the conversation may have come a moment later.
-	if earliest := fastIdle - int(time.Since(silent).Seconds()) - 2; left < earliest {
-		l.t.Errorf("%d s left, want %d at least: %s", left, earliest, line)
+	l.t.Logf("followed %v after the drain", time.Since(begun))
+	l.offload(f.udp)
+}
+
+// lastWords speaks in the TCP flows once more, and returns when that was.
+func (l *fastLab) lastWords(families []*fastFlows) time.Time {
+	l.t.Helper()
+	for _, f := range families {
+		if _, err := say(f.tcp, "the last word for now"); err != nil {
+			l.t.Fatal(err)
+		}
 	}
-	l.t.Logf("%d s left after %v of silence", left, time.Since(silent))
+	return time.Now()
+}
+
+// awaitIdleTimeout waits until the TCP flows, which are silent, are about to be
+// forgotten as if they had never been offloaded.
+func (l *fastLab) awaitIdleTimeout(silent time.Time, families []*fastFlows) {
+	l.t.Helper()
+	for _, f := range families {
+		var line string
+		var left int
+		l.until("the flow has the listener's idle timeout", func() bool {
+			line = l.entry(f.tcp)
+			m := secondsLeft.FindStringSubmatch(line)
+			if m == nil || strings.Contains(line, "OFFLOAD") {
+				return false
+			}
+			left, _ = strconv.Atoi(m[1])
+			return left <= fastIdle
+		})
+		// Never too early; conntrack -L leaves fractions of seconds away.
+		if earliest := fastIdle - int(time.Since(silent).Seconds()) - 2; left < earliest {
+			l.t.Errorf("%d s left, want %d at least: %s", left, earliest, line)
+		}
+		l.t.Logf("%s: %d s left after %v of silence", f.family, left, time.Since(silent))
+	}
 }

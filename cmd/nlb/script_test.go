@@ -48,6 +48,12 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Cmds:                map[string]func(*testscript.TestScript, bool, []string){"await": await},
+		Condition: func(name string) (bool, error) {
+			if name != "flowtables" {
+				return false, fmt.Errorf("there is no condition %q", name)
+			}
+			return missingFlowtables(t) == nil, nil
+		},
 	})
 }
 
