@@ -26,7 +26,10 @@ type agingFlows struct {
 }
 
 func (a *agingFlows) SetTimeouts(_ context.Context, timeout func(Flow) (time.Duration, bool)) (n int, err error) {
-	time.Sleep(a.takes)
+	a.mu.Lock()
+	takes := a.takes
+	a.mu.Unlock()
+	time.Sleep(takes)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.looks++
@@ -159,7 +162,9 @@ func TestIdleKeeperGivesBack(t *testing.T) {
 func TestIdleKeeperLooksSlowly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, a := keeper(t, true)
+		a.mu.Lock()
 		a.takes = 2 * time.Second
+		a.mu.Unlock()
 		time.Sleep(6 * time.Second) // a look has begun
 		a.set(1, offloaded(10))     // the last word
 		time.Sleep(20 * time.Second)
