@@ -261,7 +261,11 @@ func (l *fastLab) dial(network string, vip netip.Addr, port uint16) net.Conn {
 
 // say sends a line and returns who answered it.
 func say(conn net.Conn, line string) (who string, err error) {
-	if err := conn.SetDeadline(time.Now().Add(patience / 3)); err != nil {
+	return sayWithin(patience/3, conn, line)
+}
+
+func sayWithin(limit time.Duration, conn net.Conn, line string) (who string, err error) {
+	if err := conn.SetDeadline(time.Now().Add(limit)); err != nil {
 		return "", err
 	}
 	if _, err := io.WriteString(conn, line+"\n"); err != nil {
@@ -393,7 +397,8 @@ func (l *fastLab) movesUDP(f *fastFlows) {
 	l.run("nlb", "drain", "udp", f.targetOf(l, f.udpTarget), "--socket", l.socket())
 	begun := time.Now()
 	l.until("the flow follows", func() bool {
-		who, err := say(f.udp, "who are you?")
+		// An answer on its way when its flow is removed is lost, and nobody repeats it.
+		who, err := sayWithin(time.Second, f.udp, "who are you?")
 		return err == nil && who != f.udpTarget
 	})
 	l.t.Logf("followed %v after the drain", time.Since(begun))
