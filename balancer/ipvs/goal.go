@@ -219,7 +219,9 @@ func leftover(h *service, relayed bool) (service, bool) {
 // staged is what there should be before the rules of nftables know of the change:
 // what is there, and the services that are new, which nobody is let in to yet. The
 // exception is a service that the relay has had so far, to which clients come all
-// the time: it begins with the relay alone.
+// the time: it begins with the relay alone, if the relay keeps a share. If not, the
+// rules, which leave flows to the relay and do not know the destinations, drop what
+// IPVS sends to these, and clients ask again when the rules have changed.
 func staged(have, to []service) []service {
 	first := slices.Clone(have)
 	for _, s := range to {

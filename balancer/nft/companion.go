@@ -275,9 +275,18 @@ func (b *ruleBuilder) destination(f *family) {
 }
 
 // chosenWanted comes first where flows leave this host, or go on within it, past
-// IPVS.
-func chosenWanted() Rule {
-	return rule(func(b *ruleBuilder) { b.ctMarkTarget(awaiting); b.jump(chainChosen) })
+// IPVS, which may have taken what was left to the relay: it goes by the address
+// alone, has connections that conntrack has forgotten, and changes before these rules
+// or after them. A new flow that is for no VIP any more is not the relay's; answers
+// of the relay, to clients on this host, are of flows that are not new.
+func chosenWanted() []Rule {
+	taken := eachFamily(func(b *ruleBuilder, f *family) {
+		b.ctMarkTarget(relayed)
+		b.ctState(ctNew, "new")
+		b.destNotInSet(f, vipsName(f))
+		b.ctMarkSet(MarkMask, markOf(awaiting, 0))
+	})
+	return append(taken, rule(func(b *ruleBuilder) { b.ctMarkTarget(awaiting); b.jump(chainChosen) }))
 }
 
 // arrivedRules meet what is left when IPVS has sent on what goes to other hosts:
@@ -286,7 +295,7 @@ func chosenWanted() Rule {
 // still addressed to the VIP, and never get at a socket of this host. ICMP errors
 // about flows are left to the kernel.
 func arrivedRules() []Rule {
-	rules := []Rule{chosenWanted(), rule(func(b *ruleBuilder) { b.ctMarkTarget(relayed); b.accept() })}
+	rules := append(chosenWanted(), rule(func(b *ruleBuilder) { b.ctMarkTarget(relayed); b.accept() }))
 	return append(rules, eachFamily(func(b *ruleBuilder, f *family) {
 		b.ctMarkAny(TargetMask)
 		b.ctOriginal()

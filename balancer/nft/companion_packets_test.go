@@ -721,6 +721,114 @@ func companionLeavesRelayedFlows(t *testing.T, s *directed) {
 	s.alive("IPVS came", held)
 }
 
+// While a service changes its mode, IPVS may have destinations for what the rules
+// leave to the relay: they follow, or have gone ahead. Nobody gets to a target as
+// nobody's flow: one that the rules know has its number, and is sourced from here,
+// and of others the client asks again until both agree.
+func TestCompanionBetweenModes(t *testing.T) {
+	s := newDirected(t)
+	through := func(pools ...balancer.WeightedPool) *balancer.Table {
+		table := s.relaying(s.table(balancer.SNAT, s.Targets[0], s.LB))
+		for i := range table.Services {
+			table.Services[i].Pools = pools
+		}
+		return table
+	}
+	relay, web := balancer.WeightedPool{Pool: "relayed", Weight: 1}, balancer.WeightedPool{Pool: "web", Weight: 1}
+	for _, c := range []struct {
+		lane
+		node *lab.Node
+	}{{lanes[0], s.Targets[0]}, {lanes[2], s.Targets[0]}, {lanes[0], s.LB}} {
+		what := fmt.Sprintf("%v to %s", c.lane, c.node.Name)
+		choose := func(table *balancer.Table) {
+			s.direct(table)
+			for _, n := range []*lab.Node{s.Targets[0], s.LB} {
+				if n != c.node {
+					s.quiesce(c.lane, n)
+				}
+			}
+		}
+		choose(through(relay))
+		s.asksAgain(what+", the rules follow", c.lane, c.node, func() { s.apply(through(web)) })
+		choose(through(relay))
+		s.asksAgain(what+", IPVS follows", c.lane, s.LB, func() { s.lb("ipvsadm", "-C") })
+
+		s.lb("conntrack", "-F")
+		choose(through(relay, balancer.WeightedPool{Pool: "web"}))
+		replies := s.call(s.Clients[0], c.lane, 3)
+		peer := c.of(s.LB)
+		if c.node == s.LB {
+			peer = c.of(s.Clients[0]) // what ends here passes no postrouting
+		}
+		s.want(what+", known to the rules", replies, peer, c.node)
+		if diff := cmp.Diff(map[string]int{c.target(c.node).String(): 3}, s.marks(c.lane)); diff != "" {
+			t.Errorf("%s, known to the rules, targets in the marks:\n%s", what, diff)
+		}
+	}
+}
+
+// asksAgain calls once, changes something when the call has been dropped, and wants
+// it to get to the node all the same.
+func (s *directed) asksAgain(what string, l lane, node *lab.Node, change func()) {
+	s.t.Helper()
+	before := s.events().Totals[counterNoTarget]
+	type outcome struct {
+		replies []lab.Reply
+		err     error
+	}
+	done := make(chan outcome, 1)
+	go func() {
+		c := l.once()
+		c.Timeout = 2 * patience
+		replies, err := s.Clients[0].Agent().Call(s.t.Context(), c)
+		done <- outcome{replies, err}
+	}()
+	for deadline := time.Now().Add(patience); s.events().Totals[counterNoTarget] == before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			s.t.Fatalf("%s: nothing was dropped\n%s", what, s.state())
+		}
+	}
+	change()
+	o := <-done
+	if o.err != nil {
+		s.t.Fatal(o.err)
+	}
+	if tally := lab.Count(o.replies); tally.ByWho[node.Name] != 1 {
+		s.t.Errorf("%s: %v, want an answer of %s\n%s", what, tally, node.Name, s.state())
+	}
+}
+
+// A relay that is kept from tracking takes what looks like the middle of one of its
+// connections. Flows that IPVS has are IPVS's all the same, when conntrack has
+// forgotten them.
+func TestCompanionForgottenFlowsOfMixedService(t *testing.T) {
+	const port = 81 // of nobody who listens at all addresses
+	s := newDirected(t)
+	table := s.relaying(s.table(balancer.SNAT, s.Targets[0]))
+	table.UntrackedRelay = true
+	for i := range table.Services {
+		table.Services[i].Port = port
+		if _, err := s.LB.Agent().Serve(t.Context(), lab.Serve{Addr: table.Services[i].Address, Ports: []uint16{port}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.direct(table)
+	for _, l := range []lane{lanes[0], lanes[2]} {
+		const n = 4
+		held, err := s.Clients[0].Agent().Hold(t.Context(), lab.Call{
+			Network: l.network, Dst: netip.AddrPortFrom(l.vip, port), N: n, Parallel: n, Timeout: patience / 2})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.want(l.String(), held.Opened, l.of(s.LB), s.Targets[0])
+		s.lb("conntrack", "-F")
+		s.alive(l.String()+", forgotten", []*lab.Flows{held})
+		if diff := cmp.Diff(map[string]int{l.target(s.Targets[0]).String(): n}, s.marks(l)); diff != "" {
+			t.Errorf("%v: targets in the marks:\n%s", l, diff)
+		}
+	}
+}
+
 // Flows that conntrack has forgotten go on, and are known again.
 func companionForgottenFlows(t *testing.T, s *directed) {
 	for _, mode := range []balancer.ClientIP{balancer.Preserve, balancer.SNAT} {

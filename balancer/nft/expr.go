@@ -392,6 +392,13 @@ func (b *ruleBuilder) destInSet(f *family, set string) {
 	b.say("%s daddr @%s", f.ip, set)
 }
 
+func (b *ruleBuilder) destNotInSet(f *family, set string) {
+	b.family(f)
+	b.loadDest(f, 0)
+	b.inSet(set, 0, true)
+	b.say("%s daddr != @%s", f.ip, set)
+}
+
 func (b *ruleBuilder) originalDestInSet(f *family, set string) {
 	b.family(f)
 	b.loadCTOriginal(f.ctDst, 0)

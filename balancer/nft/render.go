@@ -154,7 +154,7 @@ func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 	toDispatch := rule(func(b *ruleBuilder) { b.jump(chainDispatch) })
 	fromOutside, guard, leaving := []Rule{toDispatch}, guardRules(t.Dataplane), sourceWanted()
 	if t.Dataplane == balancer.IPVS {
-		leaving = append([]Rule{chosenWanted()}, leaving...)
+		leaving = append(chosenWanted(), leaving...)
 	}
 	if t.UntrackedRelay {
 		fromOutside, guard = append(relayedBefore(), toDispatch), append(guardUntracked(), guard...)
