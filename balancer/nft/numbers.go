@@ -135,7 +135,7 @@ func parseTargetChain(c *Chain) (num uint16, k balancer.TargetKey, ok bool) {
 	}
 	v, err := strconv.ParseUint(digits, 10, 16)
 	g, addr, found := strings.Cut(c.Comment, " ")
-	if err != nil || v == 0 || !found || g != group {
+	if err != nil || v == 0 || v > maxTargets || !found || g != group {
 		return 0, k, false
 	}
 	ap, err := netip.ParseAddrPort(addr)

@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -166,6 +167,21 @@ func TestBehind(t *testing.T) {
 	} {
 		if got := behind(tt.last, tt.installed); got != tt.want {
 			t.Errorf("behind(%d, %d) is %v", tt.last, tt.installed, got)
+		}
+	}
+}
+
+// The numbers of the relay, of IPVS and of nobody are no target's, whatever somebody
+// calls a chain.
+func TestReservedNumbersAreNotAdopted(t *testing.T) {
+	for num, want := range map[int]bool{
+		0: false, 1: true, maxTargets: true, awaiting: false, relayed: false, 1 << 16: false,
+	} {
+		key := balancer.TargetKey{Group: "web", AddrPort: host(1)}
+		have := newRuleset()
+		have.addChain(&Chain{Name: fmt.Sprintf("t%d.web", num), Comment: targetChainComment(key)})
+		if _, got := newNumbers().adopt(have).byKey[key]; got != want {
+			t.Errorf("%d is adopted: %v", num, got)
 		}
 	}
 }
