@@ -78,7 +78,7 @@ func (f *fake) write(s step) error {
 	f.writes++
 	switch s.op {
 	case setSysctl:
-		f.settings[s.set.Name] = s.set.Value
+		f.settings[s.set.name] = s.set.value
 		return nil
 	case setTimeouts:
 		return f.setTimeouts(s.idle)

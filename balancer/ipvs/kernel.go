@@ -40,8 +40,6 @@ type state struct {
 type kernel interface {
 	// probe names what is missing.
 	probe() error
-	// present reports whether there is an IPVS to speak of, and loads none.
-	present() bool
 	// observe reads the services that the function says are ours.
 	observe(ours func(k serviceKey, cookie uint32) bool) (state, error)
 	write(step) error
@@ -56,8 +54,9 @@ type module struct {
 	family uint16       // of generic netlink, that handle speaks
 }
 
-// present looks for what each namespace has as soon as the module is there. To
-// ask for the netlink family instead would run modprobe each time.
+// present reports whether there is an IPVS to speak of. It looks for what each
+// namespace has as soon as the module is there: to ask for the netlink family
+// instead would run modprobe each time.
 func (m *module) present() bool {
 	_, err := os.Stat("/proc/net/ip_vs")
 	return err == nil
@@ -274,11 +273,11 @@ func readSysctl(name string) (int, error) {
 }
 
 func writeSysctl(s setting) error {
-	f, err := os.OpenFile(sysctlPath(s.Name), os.O_WRONLY, 0)
+	f, err := os.OpenFile(sysctlPath(s.name), os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteString(strconv.Itoa(s.Value) + "\n")
+	_, err = f.WriteString(strconv.Itoa(s.value) + "\n")
 	return errors.Join(err, f.Close())
 }
 

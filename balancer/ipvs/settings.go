@@ -9,8 +9,8 @@ import (
 
 // A setting is one of IPVS's for the whole network namespace.
 type setting struct {
-	Name  string
-	Value int
+	name  string
+	value int
 }
 
 // The settings, sysctls by their names. The timeouts have no other name than
@@ -80,17 +80,17 @@ func install(found map[string]int, to []setting, saved []record) change {
 	before, after := byName(saved), byName(saved)
 	var c change
 	for _, s := range to {
-		value, exists := found[s.Name]
-		if !exists || value == s.Value {
+		value, exists := found[s.name]
+		if !exists || value == s.value {
 			continue
 		}
-		r := record{Name: s.Name, Previous: value, Ours: []int{s.Value}}
-		if old, ok := before[s.Name]; ok && slices.Contains(old.Ours, value) {
+		r := record{Name: s.name, Previous: value, Ours: []int{s.value}}
+		if old, ok := before[s.name]; ok && slices.Contains(old.Ours, value) {
 			r.Previous = old.Previous
 		}
-		after[s.Name] = r
-		r.Ours = append([]int{s.Value}, before[s.Name].Ours...)
-		before[s.Name] = r
+		after[s.name] = r
+		r.Ours = append([]int{s.value}, before[s.name].Ours...)
+		before[s.name] = r
 		c.set = append(c.set, s)
 	}
 	c.before, c.after = sorted(before), sorted(after)
@@ -102,7 +102,7 @@ func install(found map[string]int, to []setting, saved []record) change {
 func restore(found map[string]int, to []setting, keep bool, saved []record) change {
 	needed := make(map[string]bool)
 	for _, s := range to {
-		needed[s.Name] = true
+		needed[s.name] = true
 	}
 	c := change{before: saved}
 	for _, r := range saved {
@@ -140,11 +140,11 @@ func (c *change) steps() []step {
 	var steps []step
 	var idle timeouts
 	for _, s := range c.set {
-		switch s.Name {
+		switch s.name {
 		case timeoutTCP:
-			idle.tcp = s.Value
+			idle.tcp = s.value
 		case timeoutUDP:
-			idle.udp = s.Value
+			idle.udp = s.value
 		default:
 			steps = append(steps, step{op: setSysctl, set: s})
 		}

@@ -51,7 +51,7 @@ func (s step) line() string {
 	case removeDestination:
 		return fmt.Sprintf("ipvsadm -d %s -r %s", to, s.dest.at)
 	case setSysctl:
-		return fmt.Sprintf("sysctl -w %s=%d", s.set.Name, s.set.Value)
+		return fmt.Sprintf("sysctl -w %s=%d", s.set.name, s.set.value)
 	case setTimeouts:
 		return fmt.Sprintf("ipvsadm --set %d 0 %d", s.idle.tcp, s.idle.udp)
 	}
