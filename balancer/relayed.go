@@ -16,16 +16,11 @@ type RelayedOnly struct {
 }
 
 // RelayedOnly finds what only the relay has to do with.
-//
-// A service counts if all that it may choose is relayed. Whether there is a target
-// does not matter, since connections go on when the last one takes no new ones.
 func (t *Table) RelayedOnly() RelayedOnly {
 	var only RelayedOnly
-	pools := make(map[string]*Pool, len(t.Pools))
 	theirs := make(map[netip.AddrPort]bool) // the kernel's
 	for i := range t.Pools {
 		p := &t.Pools[i]
-		pools[p.Name] = p
 		for j := range p.Destinations {
 			d := &p.Destinations[j]
 			if p.ClientIPOf(d) != ProxyProtocolV2 {
@@ -41,8 +36,9 @@ func (t *Table) RelayedOnly() RelayedOnly {
 	only.Destinations = slices.DeleteFunc(only.Destinations, func(a netip.AddrPort) bool { return theirs[a] })
 	only.Destinations = sortedSet(only.Destinations, netip.AddrPort.Compare)
 	only.Sources = sortedSet(append(only.Sources, t.Sources...), netip.Addr.Compare)
+	pools := t.PoolsByName()
 	for i := range t.Services {
-		if s := &t.Services[i]; s.onlyRelayed(pools) {
+		if s := &t.Services[i]; s.OnlyRelayed(pools) {
 			only.Services = append(only.Services, s)
 		}
 	}
@@ -54,16 +50,17 @@ func (t *Table) hasSource(a netip.Addr) bool {
 	return slices.ContainsFunc(t.Sources, func(s netip.Addr) bool { return s.BitLen() == a.BitLen() })
 }
 
-func (s *VirtualService) onlyRelayed(pools map[string]*Pool) bool {
+// OnlyRelayed reports that all that s may choose, of the pools by their name, is
+// relayed. Whether there is a target does not matter, since connections go on when
+// the last one takes no new ones.
+func (s *VirtualService) OnlyRelayed(pools map[string]*Pool) bool {
 	relayed := false
 	for _, w := range s.Pools {
 		if w.Weight == 0 {
 			continue
 		}
 		p := pools[w.Pool]
-		if !p.Relays() || slices.ContainsFunc(p.Usable(s.Address.BitLen()), func(i int) bool {
-			return p.ClientIPOf(&p.Destinations[i]) != ProxyProtocolV2
-		}) {
+		if !p.Relays() || !p.OnlyRelays(p.Usable(s.Address.BitLen())) {
 			return false
 		}
 		relayed = true

@@ -3,6 +3,7 @@ package balancer
 import (
 	"cmp"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -28,6 +29,15 @@ type Table struct {
 	FastPath []string
 	Services []VirtualService
 	Pools    []Pool
+}
+
+// PoolsByName finds the Pools that services name. They are t's own.
+func (t *Table) PoolsByName() map[string]*Pool {
+	pools := make(map[string]*Pool, len(t.Pools))
+	for i := range t.Pools {
+		pools[t.Pools[i].Name] = &t.Pools[i]
+	}
+	return pools
 }
 
 // A HashKey is random per installation and survives restarts.
@@ -111,6 +121,12 @@ func (p *Pool) Relays() bool {
 		}
 	}
 	return p.ClientIP == ProxyProtocolV2
+}
+
+// OnlyRelays reports that nobody in the kernel need choose among the usable ones of
+// p's destinations, given by their index: the relay takes them all.
+func (p *Pool) OnlyRelays(usable []int) bool {
+	return !slices.ContainsFunc(usable, func(i int) bool { return p.ClientIPOf(&p.Destinations[i]) != ProxyProtocolV2 })
 }
 
 // Usable lists which of p's destinations, by their index, the flows to a VIP of

@@ -18,21 +18,15 @@ type want struct {
 // services that are only relayed need none, and no other dataplane does.
 func wanted(t *balancer.Table) want {
 	w := want{services: make(map[serviceKey]service), relayed: make(map[serviceKey]bool)}
-	pools := make(map[string]*balancer.Pool, len(t.Pools))
-	for i := range t.Pools {
-		pools[t.Pools[i].Name] = &t.Pools[i]
-	}
-	onlyRelayed := make(map[*balancer.VirtualService]bool)
-	for _, s := range t.RelayedOnly().Services {
-		onlyRelayed[s] = true
-	}
+	pools := t.PoolsByName()
 	for i := range t.Services {
 		vs := &t.Services[i]
+		onlyRelayed := vs.OnlyRelayed(pools)
 		for _, proto := range vs.Protocols {
 			k := serviceKey{proto, netip.AddrPortFrom(vs.Address, vs.Port)}
 			c := choicesOf(vs, pools, k)
-			w.relayed[k] = onlyRelayed[vs] || c.share(k.at) > 0
-			if t.Dataplane == balancer.IPVS && !onlyRelayed[vs] {
+			w.relayed[k] = onlyRelayed || c.share(k.at) > 0
+			if t.Dataplane == balancer.IPVS && !onlyRelayed {
 				w.services[k] = c.service(k, sticky(vs, pools))
 			}
 		}

@@ -30,6 +30,8 @@ const priorityArrived = 101
 // IPVS. It remembers as the renderer does.
 type companion struct {
 	pools map[string]*renderedPool
+	// byName has the pools of the Table that is being rendered.
+	byName map[string]*balancer.Pool
 	// services are those whose destinations are known, with what they depend on.
 	services map[string]*serviceDestinations
 }
@@ -43,6 +45,7 @@ type serviceDestinations struct {
 
 // render writes the targets' chains and what finds the target that IPVS chose.
 func (c *companion) render(rs *Ruleset, t *balancer.Table, n *numbers) {
+	c.byName = t.PoolsByName()
 	before := c.pools
 	c.pools = make(map[string]*renderedPool, len(t.Pools))
 	numbered := &Set{Name: mapNumbered, kind: targetKind}
@@ -77,7 +80,7 @@ func (r *renderedPool) accompanying(p *balancer.Pool, n *numbers) *renderedPool 
 	out := &renderedPool{pool: *p, numbers: nums, chosen: true}
 	for _, f := range families {
 		mine := p.Usable(f.bits)
-		if onlyRelays(p, mine) {
+		if p.OnlyRelays(mine) {
 			out.renderRelayed(f)
 			continue
 		}
@@ -119,13 +122,12 @@ func (r *renderedPool) balanced() (ds []int) {
 // are relayed only, as if there were no IPVS. Or nobody does: IPVS itself would
 // answer with an ICMP error.
 func (c *companion) serviceRule(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, f *family) Rule {
-	var balanced, relays, other bool
+	var balanced, relays bool
 	for _, w := range svc.Pools {
 		if w.Weight == 0 {
 			continue
 		}
 		p := c.pools[w.Pool]
-		other = other || !p.pool.Relays() || !onlyRelays(&p.pool, p.pool.Usable(f.bits))
 		relays = relays || takesRelayed(&p.pool)
 		balanced = balanced || slices.ContainsFunc(p.balanced(), func(d int) bool {
 			dest := &p.pool.Destinations[d]
@@ -135,7 +137,7 @@ func (c *companion) serviceRule(rs *Ruleset, t *balancer.Table, svc *balancer.Vi
 	switch {
 	case balanced:
 		return leaveTo(awaiting, f)
-	case !other:
+	case svc.OnlyRelayed(c.byName):
 		return poolRule(rs, t, svc, f)
 	case relays:
 		return toRelay(f)

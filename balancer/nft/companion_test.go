@@ -74,10 +74,7 @@ func TestCompanionKnowsEveryDestination(t *testing.T) {
 			}
 			want[key][string(native32(uint32(number)))] = true
 		}
-		pools := map[string]*balancer.Pool{}
-		for i := range table.Pools {
-			pools[table.Pools[i].Name] = &table.Pools[i]
-		}
+		pools := table.PoolsByName()
 		for i := range table.Services {
 			svc := &table.Services[i]
 			for _, w := range svc.Pools {

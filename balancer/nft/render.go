@@ -650,7 +650,7 @@ func (r *renderedPool) renderFamily(f *family, before *dealing) {
 	r.chains = append(r.chains, group)
 	drop := rule(func(b *ruleBuilder) { b.dropAs(counterNoTarget) })
 	defer func() { group.Rules = append(group.Rules, drop) }()
-	if onlyRelays(p, mine) {
+	if p.OnlyRelays(mine) {
 		if takesRelayed(p) {
 			group.Rules = append(group.Rules, toRelay(f))
 		}
@@ -689,13 +689,6 @@ func (r *renderedPool) renderFamily(f *family, before *dealing) {
 	for _, d := range mine {
 		r.renderTarget(f, d, second, elsewhere[d])
 	}
-}
-
-// onlyRelays reports that the kernel need not choose among the destinations.
-func onlyRelays(p *balancer.Pool, mine []int) bool {
-	return !slices.ContainsFunc(mine, func(d int) bool {
-		return p.ClientIPOf(&p.Destinations[d]) != balancer.ProxyProtocolV2
-	})
 }
 
 // takesRelayed reports whether the relay has a target for new flows. Where those

@@ -29,10 +29,7 @@ const (
 // Both ways of a connection are kept from tracking, or neither is: half a flow
 // would be one that never got an answer.
 func renderUntracked(rs *Ruleset, t *balancer.Table) {
-	pools := make(map[string]*balancer.Pool, len(t.Pools))
-	for i := range t.Pools {
-		pools[t.Pools[i].Name] = &t.Pools[i]
-	}
+	pools := t.PoolsByName()
 	only := t.RelayedOnly()
 	for _, f := range families {
 		services := &Set{Name: setRelayed + f.name, kind: targetsKinds[f]}
