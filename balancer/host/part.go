@@ -26,7 +26,7 @@ var (
 // Sysctls is the Part that keeps the host's settings as balancing needs them.
 // The package comment lists them.
 type Sysctls struct {
-	root  string // where the sysctls are
+	root  balancer.SysctlDir
 	saved balancer.Records[record]
 	log   *zap.Logger
 	// warned says that the damaged file was complained about.
@@ -36,7 +36,7 @@ type Sysctls struct {
 // NewSysctls returns a Part that keeps the previous values in stateDir, which
 // is made when it is needed, and logs to log.
 func NewSysctls(stateDir string, log *zap.Logger) *Sysctls {
-	return &Sysctls{root: "/proc/sys", saved: savedIn(stateDir), log: log}
+	return &Sysctls{root: balancer.ProcSys, saved: savedIn(stateDir), log: log}
 }
 
 // Name implements balancer.Part.
@@ -133,20 +133,20 @@ func (s *Sysctls) observeDragged(found *state, key string) error {
 
 // read puts the value of key into found, if there is such a sysctl.
 func (s *Sysctls) read(found *state, key string) error {
-	b, err := os.ReadFile(filepath.Join(s.root, key))
+	value, err := s.root.Read(key)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("read %s: %w", dotted(key), err)
+		return err
 	}
-	found.values[key] = strings.TrimSpace(string(b))
+	found.values[key] = value
 	return nil
 }
 
 // names lists the interfaces that have settings, and "all" and "default".
 func (s *Sysctls) names(family string) ([]string, error) {
-	entries, err := os.ReadDir(filepath.Join(s.root, "net", family, "conf"))
+	entries, err := os.ReadDir(filepath.Join(string(s.root), "net", family, "conf"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -235,45 +235,25 @@ func (s *Sysctls) write(ctx context.Context, settings ...setting) error {
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("%s: %w", w.line(), err)
 		}
-		err := s.put(w)
+		err := s.root.Write(w.Key, w.Value)
 		if errors.Is(err, fs.ErrNotExist) && perInterface(w.Key) {
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w%s", w.line(), err, remedy(w, err))
 		}
-		s.log.Info("sysctl set", zap.String("key", dotted(w.Key)), zap.String("value", w.Value))
+		s.log.Info("sysctl set", zap.String("key", balancer.SysctlName(w.Key)), zap.String("value", w.Value))
 	}
 	return nil
 }
 
-func (s *Sysctls) put(w setting) error {
-	f, err := os.OpenFile(filepath.Join(s.root, w.Key), os.O_WRONLY, 0)
-	if err != nil {
-		return bare(err)
-	}
-	_, err = f.WriteString(w.Value + "\n")
-	return bare(errors.Join(err, f.Close()))
-}
-
-// bare is err without the path, which the line says already.
-func bare(err error) error {
-	if e, ok := errors.AsType[*fs.PathError](err); ok {
-		return e.Err
-	}
-	return err
-}
-
-// remedy says what to do about a sysctl that cannot be set.
+// remedy says what to do about a sysctl that there is not.
 func remedy(w setting, err error) string {
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && w.Key == keyAccounting:
 		return " (connection tracking is not loaded: modprobe nf_conntrack)"
 	case errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(w.Key, "net/ipv6/"):
 		return " (this kernel has IPv6 switched off: boot it without ipv6.disable=1)"
-	case errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission):
-		return fmt.Sprintf(" (set it from outside, where %s=%s may be written: on the host, "+
-			"or with the container runtime's option for sysctls, such as docker run --sysctl)", dotted(w.Key), w.Value)
 	}
 	return ""
 }

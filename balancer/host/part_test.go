@@ -274,7 +274,7 @@ func TestReadOnly(t *testing.T) {
 
 func TestMissingParts(t *testing.T) {
 	s := NewSysctls(t.TempDir(), zaptest.NewLogger(t))
-	s.root = t.TempDir()
+	s.root = balancer.SysctlDir(t.TempDir())
 	p, err := s.Plan(t.Context(), &balancer.Desired{Forwarding6: true})
 	if err != nil {
 		t.Fatal(err)

@@ -8,8 +8,7 @@ import (
 	"nlb/balancer"
 )
 
-// Sysctls are named by their path below /proc/sys, where a dot in an
-// interface's name is just a dot.
+// The sysctls, by their keys.
 const (
 	keyForward4   = "net/ipv4/ip_forward"
 	keyForward6   = "net/ipv6/conf/all/forwarding"
@@ -25,20 +24,9 @@ type setting struct {
 	Value string `json:"value"`
 }
 
-// line is the setting as sysctl(8) sets it. There the dots of an interface's
-// name are slashes.
-func (s setting) line() string { return fmt.Sprintf("sysctl -w %s=%s", dotted(s.Key), s.Value) }
-
-func dotted(key string) string {
-	return strings.Map(func(r rune) rune {
-		switch r {
-		case '/':
-			return '.'
-		case '.':
-			return '/'
-		}
-		return r
-	}, key)
+// line is the setting as sysctl(8) sets it.
+func (s setting) line() string {
+	return fmt.Sprintf("sysctl -w %s=%s", balancer.SysctlName(s.Key), s.Value)
 }
 
 // perInterface reports that the key goes when its interface goes.
@@ -159,7 +147,7 @@ func (p Plan) Empty() bool { return len(p.restore)+len(p.set)+len(p.forget) == 0
 func (p Plan) Lines() []string {
 	var lines []string
 	for _, r := range p.forget {
-		lines = append(lines, fmt.Sprintf("# %s was changed by somebody since we set it to %s: left alone", dotted(r.Key), r.Ours))
+		lines = append(lines, fmt.Sprintf("# %s was changed by somebody since we set it to %s: left alone", balancer.SysctlName(r.Key), r.Ours))
 	}
 	for _, r := range p.restore {
 		for _, s := range r.undo() {

@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/moby/ipvs"
@@ -36,7 +35,7 @@ type state struct {
 	settings map[string]int
 }
 
-// A kernel is IPVS as far as we use it. Its errors are errnos.
+// A kernel is IPVS as far as we use it. Its errors wrap errnos.
 type kernel interface {
 	// probe names what is missing.
 	probe() error
@@ -220,7 +219,7 @@ func (m *module) write(s step) error {
 	case removeDestination:
 		return m.handle.DelDestination(serviceOf(s.of), destinationOf(s.dest))
 	case setSysctl:
-		return writeSysctl(s.set)
+		return balancer.ProcSys.Write(balancer.SysctlKey(s.set.name), strconv.Itoa(s.set.value))
 	case setTimeouts:
 		return m.handle.SetConfig(&ipvs.Config{ // 0 leaves one as it is
 			TimeoutTCP: time.Duration(s.idle.tcp) * time.Second,
@@ -258,39 +257,28 @@ func addrPort(ip net.IP, port uint16) (netip.AddrPort, bool) {
 	return netip.AddrPortFrom(a, port), ok
 }
 
-func sysctlPath(name string) string { return "/proc/sys/" + strings.ReplaceAll(name, ".", "/") }
-
 func readSysctl(name string) (int, error) {
-	b, err := os.ReadFile(sysctlPath(name))
+	text, err := balancer.ProcSys.Read(balancer.SysctlKey(name))
 	if err != nil {
-		return 0, fmt.Errorf("read %s: %w", name, err)
+		return 0, err
 	}
-	v, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	v, err := strconv.Atoi(text)
 	if err != nil {
 		return 0, fmt.Errorf("read %s: %w", name, err)
 	}
 	return v, nil
 }
 
-func writeSysctl(s setting) error {
-	f, err := os.OpenFile(sysctlPath(s.name), os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(strconv.Itoa(s.value) + "\n")
-	return errors.Join(err, f.Close())
-}
-
 // explain is err of a step, with what to do about it if we know. What was made or
 // removed by somebody in between calls for another plan.
 func explain(s step, err error) error {
 	switch {
+	case s.op == setSysctl:
+		return fmt.Errorf("%s: %w", s.line(), err)
 	case s.op == addService && errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("%s: %w", s.line(), ErrNoScheduler)
 	case errors.Is(err, unix.EEXIST), errors.Is(err, unix.ENOENT), errors.Is(err, unix.ESRCH), errors.Is(err, unix.EINTR):
-		if s.op != setSysctl {
-			return fmt.Errorf("%s: %w: %w", s.line(), err, balancer.ErrOvertaken)
-		}
+		return fmt.Errorf("%s: %w: %w", s.line(), err, balancer.ErrOvertaken)
 	}
 	return fmt.Errorf("%s: %w%s", s.line(), err, remedy(err))
 }
@@ -299,8 +287,6 @@ func remedy(err error) string {
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return " (needs CAP_NET_ADMIN: run as root)"
-	case errors.Is(err, unix.EROFS):
-		return " (/proc/sys is read-only here: set it from outside)"
 	case errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENOBUFS):
 		return " (out of kernel memory)"
 	}
