@@ -200,10 +200,8 @@ func (p part) Apply(ctx context.Context, balancerPlan balancer.Plan) error {
 }
 
 func (d *Dataplane) apply(ctx context.Context, p plan) error {
-	if !p.settings.empty() {
-		if err := d.records.Store(p.settings.before); err != nil {
-			return err
-		}
+	if err := d.store(p.settings.saved, p.settings.before); err != nil {
+		return err
 	}
 	for _, s := range p.steps {
 		if err := ctx.Err(); err != nil {
@@ -213,10 +211,15 @@ func (d *Dataplane) apply(ctx context.Context, p plan) error {
 			return explain(s, err)
 		}
 	}
-	if !p.settings.empty() {
-		return d.records.Store(p.settings.after)
+	return d.store(p.settings.before, p.settings.after)
+}
+
+// store replaces the records on disk, if others are there.
+func (d *Dataplane) store(there, records []record) error {
+	if same(there, records) {
+		return nil
 	}
-	return nil
+	return d.records.Store(records)
 }
 
 // warnOfRemote tells, once for each change, of VIPs that IPVS would never see a

@@ -197,6 +197,52 @@ func TestChangedTimeoutIsRestored(t *testing.T) {
 	}
 }
 
+// However often a write fails, the file says the same, and is not written again.
+func TestFileDoesNotGrow(t *testing.T) {
+	d, f, _ := rig(t)
+	converge(t, d, web(dest("10.0.1.11:8080", 1)))
+	longer := web(dest("10.0.1.11:8080", 1))
+	longer.Services[0].IdleTimeout *= 2
+	for _, c := range []struct {
+		what  string
+		table *balancer.Table
+		part  balancer.Part
+	}{
+		{"another value", longer, d.Opener()},
+		{"restored", nil, d.Closer()},
+	} {
+		var want []byte
+		var file os.FileInfo
+		for range 3 {
+			f.quota, f.broken = 0, unix.EBUSY
+			err := balancer.Converge(t.Context(), []balancer.Part{c.part}, desired(c.table), func(balancer.PartPlan) {})
+			if !errors.Is(err, unix.EBUSY) {
+				t.Fatal(err)
+			}
+			f.quota = -1
+			path := filepath.Join(d.records.Dir, savedFile)
+			got, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			is, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want == nil {
+				want, file = got, is
+			}
+			if diff := cmp.Diff(string(want), string(got)); diff != "" || !os.SameFile(file, is) {
+				t.Errorf("%s: the file was written again, and differs:\n%s", c.what, diff)
+			}
+		}
+	}
+	converge(t, d, nil)
+	if diff := cmp.Diff(newFake().settings, f.settings); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestDamagedFileStopsNothing(t *testing.T) {
 	d, _, logs := rig(t)
 	if err := os.WriteFile(filepath.Join(d.records.Dir, savedFile), []byte(`{"settings":[{"name":"net.ipv4.vs.conntrack"}]}`), 0o600); err != nil {

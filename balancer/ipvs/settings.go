@@ -68,8 +68,8 @@ type change struct {
 	set []setting
 	// forgotten have values that somebody changed since: these are theirs.
 	forgotten []record
-	// before is on disk before set is carried out, after afterwards.
-	before, after []record
+	// saved is on disk now, before is while set is carried out, after afterwards.
+	saved, before, after []record
 }
 
 func (c *change) empty() bool { return len(c.set)+len(c.forgotten) == 0 }
@@ -78,19 +78,19 @@ func (c *change) empty() bool { return len(c.set)+len(c.forgotten) == 0 }
 // is left out.
 func install(found map[string]int, to []setting, saved []record) change {
 	before, after := byName(saved), byName(saved)
-	var c change
+	c := change{saved: saved}
 	for _, s := range to {
 		value, exists := found[s.name]
 		if !exists || value == s.value {
 			continue
 		}
 		r := record{Name: s.name, Previous: value, Ours: []int{s.value}}
-		if old, ok := before[s.name]; ok && slices.Contains(old.Ours, value) {
+		underway := r
+		if old := before[s.name]; slices.Contains(old.Ours, value) {
 			r.Previous = old.Previous
+			underway = record{Name: s.name, Previous: old.Previous, Ours: []int{s.value, value}}
 		}
-		after[s.name] = r
-		r.Ours = append([]int{s.value}, before[s.name].Ours...)
-		before[s.name] = r
+		before[s.name], after[s.name] = underway, r
 		c.set = append(c.set, s)
 	}
 	c.before, c.after = sorted(before), sorted(after)
@@ -104,7 +104,7 @@ func restore(found map[string]int, to []setting, keep bool, saved []record) chan
 	for _, s := range to {
 		needed[s.name] = true
 	}
-	c := change{before: saved}
+	c := change{saved: saved, before: saved}
 	for _, r := range saved {
 		value, exists := found[r.Name]
 		switch {
@@ -117,6 +117,13 @@ func restore(found map[string]int, to []setting, keep bool, saved []record) chan
 		}
 	}
 	return c
+}
+
+// same reports whether two lists of records are the same.
+func same(a, b []record) bool {
+	return slices.EqualFunc(a, b, func(a, b record) bool {
+		return a.Name == b.Name && a.Previous == b.Previous && slices.Equal(a.Ours, b.Ours)
+	})
 }
 
 func byName(records []record) map[string]record {
