@@ -38,6 +38,9 @@ type Dataplane struct {
 	probed bool
 	// absent says that nothing of ours was there, and nobody has asked since.
 	absent bool
+	// quiet is the Opener's look, when there was nothing for it to do, until the next
+	// plan of either.
+	quiet *look
 	// remote are the VIPs that were warned of, damaged the file that was.
 	remote  []netip.Addr
 	damaged bool
@@ -68,17 +71,28 @@ func (d *Dataplane) Probe() error {
 
 // Opener is the Part that belongs before the rules of nftables. It makes the
 // settings, and the services that are new.
-func (d *Dataplane) Opener() balancer.Part { return part{d, (*Dataplane).opening} }
+func (d *Dataplane) Opener() balancer.Part { return part{d, opening, true} }
 
 // Closer is the Part that belongs after the rules of nftables. It makes services
 // that were there before what they should be, removes the others, and restores
 // the settings when the last is gone.
-func (d *Dataplane) Closer() balancer.Part { return part{d, (*Dataplane).closing} }
+func (d *Dataplane) Closer() balancer.Part { return part{d, closing, false} }
 
 // A part is one of the two.
 type part struct {
 	*Dataplane
-	plan func(d *Dataplane, found state, saved []record, to []service, t *balancer.Table) plan
+	plan  func(*look) plan
+	opens bool
+}
+
+// A look is what there is for a Desired: in the kernel, and on disk.
+type look struct {
+	want  *balancer.Desired
+	table *balancer.Table // of want, nil if there is none
+	found state
+	saved []record
+	// to are the services that there should be.
+	to []service
 }
 
 // Name implements balancer.Part.
@@ -106,27 +120,27 @@ func (p plan) Lines() []string {
 }
 
 // opening is the plan up to the rules of nftables.
-func (d *Dataplane) opening(found state, saved []record, to []service, t *balancer.Table) plan {
+func opening(l *look) plan {
 	var p plan
-	if asks(t) && len(to) > 0 {
-		p.settings = install(found.settings, wantedSettings(t), saved)
+	if asks(l.table) && len(l.to) > 0 {
+		p.settings = install(l.found.settings, wantedSettings(l.table), l.saved)
 	}
-	p.steps = append(p.settings.steps(), transition(found.services, staged(found.services, to))...)
+	p.steps = append(p.settings.steps(), transition(l.found.services, staged(l.found.services, l.to))...)
 	return p
 }
 
 // closing is the plan from there on.
-func (d *Dataplane) closing(found state, saved []record, to []service, t *balancer.Table) plan {
+func closing(l *look) plan {
 	var p plan
 	switch {
-	case len(to) == 0:
-		p.settings = restore(found.settings, nil, false, saved)
-	case asks(t):
-		p.settings = restore(found.settings, wantedSettings(t), false, saved)
+	case len(l.to) == 0:
+		p.settings = restore(l.found.settings, nil, false, l.saved)
+	case asks(l.table):
+		p.settings = restore(l.found.settings, wantedSettings(l.table), false, l.saved)
 	default:
-		p.settings = restore(found.settings, nil, true, saved)
+		p.settings = restore(l.found.settings, nil, true, l.saved)
 	}
-	p.steps = append(transition(staged(found.services, to), to), p.settings.steps()...)
+	p.steps = append(transition(staged(l.found.services, l.to), l.to), p.settings.steps()...)
 	return p
 }
 
@@ -134,36 +148,58 @@ func (d *Dataplane) closing(found state, saved []record, to []service, t *balanc
 func asks(t *balancer.Table) bool { return t != nil && t.Dataplane == balancer.IPVS }
 
 // Plan implements balancer.Part.
+//
+// The Closer looks at the kernel again if it has something to do: connections have
+// come and gone since the Opener looked, and a destination that has some lingers. To
+// see that there is nothing to do, which is so in most passes, the Opener's look is
+// enough: it has asked the kernel about each service.
 func (p part) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan, error) {
 	d := p.Dataplane
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var t *balancer.Table
+	quiet := d.quiet
+	d.quiet = nil
+	l := &look{want: want}
 	if want != nil {
-		t = want.Table
+		l.table = want.Table
 	}
-	if !asks(t) && d.absent {
+	if !asks(l.table) && d.absent {
 		return plan{}, nil
 	}
-	if asks(t) && !d.probed && len(goal(nil, t)) > 0 {
+	if !p.opens && quiet != nil && quiet.want == want {
+		if todo := p.plan(quiet); todo.Empty() {
+			return todo, nil
+		}
+	}
+	if err := d.look(l); err != nil {
+		return nil, err
+	}
+	d.warnOfRemote(want, l.to)
+	todo := p.plan(l)
+	if p.opens && todo.Empty() {
+		d.quiet = l
+	}
+	return todo, nil
+}
+
+// look fills in what there is, and what there should be.
+func (d *Dataplane) look(l *look) (err error) {
+	if asks(l.table) && !d.probed && len(goal(nil, l.table)) > 0 {
 		if err := d.kernel.probe(); err != nil {
-			return nil, err
+			return err
 		}
 		d.probed = true
 	}
-	saved, err := d.saved()
-	if err != nil {
-		return nil, err
+	if l.saved, err = d.saved(); err != nil {
+		return err
 	}
-	found, err := d.kernel.observe(ours(t))
-	if err != nil {
+	if l.found, err = d.kernel.observe(ours(l.table)); err != nil {
 		d.probed = false
-		return nil, err
+		return err
 	}
-	d.absent = !asks(t) && len(found.services) == 0 && len(saved) == 0
-	to := goal(found.services, t)
-	d.warnOfRemote(want, to)
-	return p.plan(d, found, saved, to, t), nil
+	d.absent = !asks(l.table) && len(l.found.services) == 0 && len(l.saved) == 0
+	l.to = goal(l.found.services, l.table)
+	return nil
 }
 
 // saved reads what the settings were. A file that makes no sense keeps no service

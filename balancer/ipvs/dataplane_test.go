@@ -318,8 +318,28 @@ func TestWarnsOncePerChangeOfRemoteVIPs(t *testing.T) {
 	}
 }
 
+// A connection that begins after the Opener's look is seen before its destination is
+// removed.
+func TestCloserLooksBeforeItActs(t *testing.T) {
+	d, f, _ := rig(t)
+	converge(t, d, web(dest("10.0.1.11:8080", 1), dest("10.0.1.12:8080", 1)))
+	want := desired(web(dest("10.0.1.11:8080", 1)))
+	if p, err := d.Opener().Plan(t.Context(), want); err != nil || !p.Empty() {
+		t.Fatalf("the Opener: %v, %v", p, err)
+	}
+	f.services[serviceKey{6, at(vip)}].find(at("10.0.1.12:8080")).active = 1
+	p, err := d.Closer().Plan(t.Context(), want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"ipvsadm -e -t 198.51.100.10:80 -r 10.0.1.12:8080 -m -w 0"}, p.Lines()); diff != "" {
+		t.Error(diff)
+	}
+}
+
 // Nobody looks at IPVS on each pass where it is not used; a new process does once,
-// since there may be something left.
+// since there may be something left. Where it is used, one look shows that there is
+// nothing to do.
 func TestUnusedIsNotLookedAt(t *testing.T) {
 	d, f, _ := rig(t)
 	unused := web(dest("10.0.1.11:8080", 1))
@@ -335,7 +355,8 @@ func TestUnusedIsNotLookedAt(t *testing.T) {
 	looks("first", unused, 1)
 	looks("then", unused, 0)
 	looks("used", web(dest("10.0.1.11:8080", 1)), 2)
-	looks("still", web(dest("10.0.1.11:8080", 1)), 2)
+	looks("still", web(dest("10.0.1.11:8080", 1)), 1)
+	looks("more for the Closer", web(dest("10.0.1.11:8080", 1), dest("10.0.1.12:8080", 1)), 2)
 	looks("gone", unused, 2)
 	looks("then again", unused, 1)
 	looks("and then", unused, 0)
