@@ -68,8 +68,7 @@ func protocolFlag(proto uint8) string {
 	return "--sctp-service"
 }
 
-// options are those of a service. The netmask shows where it is not the usual one;
-// the cookie has no option without persistence.
+// options are those of a service. Netmask and cookie have none without persistence.
 func options(s *service) string {
 	text := " -s " + s.scheduler
 	var flags []string

@@ -238,7 +238,6 @@ func (b *ruleBuilder) ctMarkAny(bits uint32) {
 	b.say("ct mark & 0x%08x != 0", bits)
 }
 
-// ctMarkInSet matches flows whose mark, as far as mask shows it, is in the set.
 // ctMarkTarget matches the flows of one target.
 func (b *ruleBuilder) ctMarkTarget(number uint16) {
 	b.loadCT(unix.NFT_CT_MARK, 0)
@@ -247,6 +246,7 @@ func (b *ruleBuilder) ctMarkTarget(number uint16) {
 	b.say("ct mark & 0x%08x == 0x%08x", TargetMask, markOf(number, 0))
 }
 
+// ctMarkInSet matches flows whose mark, as far as mask shows it, is in the set.
 func (b *ruleBuilder) ctMarkInSet(mask uint32, set string) {
 	b.loadCT(unix.NFT_CT_MARK, 0)
 	b.bitwise(0, native32(mask), native32(0))

@@ -297,8 +297,8 @@ func (s *site) converge(change func(*balancer.Table)) {
 }
 
 // Relayed connections do not show in conntrack, on neither side; those of kernel
-// modes do. What is not allowed, or has no target, is dropped and counted. All of
-// them go on when the setting or their services change.
+// modes do. What is not allowed, or has no target, is dropped and counted. All
+// relayed ones go on when the setting or their services change.
 func TestUntracked(t *testing.T) {
 	s := newSite(t)
 	s.converge(nil)
