@@ -40,6 +40,7 @@ func TestCompanion(t *testing.T) {
 		"leaves relayed":      companionLeavesRelayedFlows,
 		"forgotten flows":     companionForgottenFlows,
 		"outcomes":            companionOutcomes,
+		"between modes":       companionBetweenModes,
 	} {
 		t.Run(name, func(t *testing.T) { show(t, s.as(t)) })
 	}
@@ -725,8 +726,7 @@ func companionLeavesRelayedFlows(t *testing.T, s *directed) {
 // leave to the relay: they follow, or have gone ahead. Nobody gets to a target as
 // nobody's flow: one that the rules know has its number, and is sourced from here,
 // and of others the client asks again until both agree.
-func TestCompanionBetweenModes(t *testing.T) {
-	s := newDirected(t)
+func companionBetweenModes(t *testing.T, s *directed) {
 	through := func(pools ...balancer.WeightedPool) *balancer.Table {
 		table := s.relaying(s.table(balancer.SNAT, s.Targets[0], s.LB))
 		for i := range table.Services {
@@ -744,16 +744,15 @@ func TestCompanionBetweenModes(t *testing.T) {
 			s.direct(table)
 			for _, n := range []*lab.Node{s.Targets[0], s.LB} {
 				if n != c.node {
-					s.quiesce(c.lane, n)
+					s.quiesce(n)
 				}
 			}
 		}
 		choose(through(relay))
 		s.asksAgain(what+", the rules follow", c.lane, c.node, func() { s.apply(through(web)) })
 		choose(through(relay))
-		s.asksAgain(what+", IPVS follows", c.lane, s.LB, func() { s.lb("ipvsadm", "-C") })
-
-		s.lb("conntrack", "-F")
+		s.asksAgain(what+", IPVS follows", c.lane, s.LB, func() { s.ipvs("-C") })
+		s.forget()
 		choose(through(relay, balancer.WeightedPool{Pool: "web"}))
 		replies := s.call(s.Clients[0], c.lane, 3)
 		peer := c.of(s.LB)
