@@ -258,6 +258,11 @@ func (l lane) proto() uint8 {
 // quiesce takes the nodes' weights in all services.
 func (s *directed) quiesce(nodes ...*lab.Node) {
 	s.t.Helper()
+	s.quiesceIn(lanes, nodes...)
+}
+
+func (s *directed) quiesceIn(lanes []lane, nodes ...*lab.Node) {
+	s.t.Helper()
 	var lines []string
 	for _, l := range lanes {
 		for _, n := range nodes {
@@ -744,7 +749,7 @@ func companionBetweenModes(t *testing.T, s *directed) {
 			s.direct(table)
 			for _, n := range []*lab.Node{s.Targets[0], s.LB} {
 				if n != c.node {
-					s.quiesce(n)
+					s.quiesceIn([]lane{c.lane}, n)
 				}
 			}
 		}
