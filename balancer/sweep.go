@@ -54,6 +54,8 @@ type cut struct {
 	begun    time.Time
 	prompted int
 	looks    int // since the last prompt
+	// nobody says that the last prompt found no end to ask.
+	nobody bool
 	// waiting has the flows whose ends were asked to speak, as they were before.
 	waiting map[flowEnds]Flow
 	ended   int
@@ -239,13 +241,14 @@ func (c *cut) end() time.Time {
 }
 
 // next is when there is something to do: looks come quickly after a prompt, when
-// the near ends answer, and then seldom.
+// the near ends answer, and then seldom. Where nobody is to answer there are none,
+// since each costs a walk of all flows, until what slipped through is forgotten.
 func (c *cut) next() time.Time {
 	end := c.end()
 	switch {
 	case c.prompted == 0:
 		return c.begun
-	case !c.tried.IsZero():
+	case c.nobody, !c.tried.IsZero():
 		return end
 	}
 	if c.prompted < prompts {
@@ -303,6 +306,9 @@ func (s *Sweeper) prompt(ctx context.Context, due map[TargetKey]*cut) {
 			}
 			ask = append(ask, f)
 			due[f.To].waiting[f.ends()] = first
+		}
+		for _, c := range due {
+			c.nobody = len(c.waiting) == 0
 		}
 		err = s.flows.Prompt(ask)
 	}

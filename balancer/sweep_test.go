@@ -30,6 +30,7 @@ type flowWorld struct {
 	first  map[string]func()
 	fail   map[string]error
 	prunes int
+	looks  int // at the flows of some targets
 }
 
 // enter begins a call. If it returns no error, the caller has mu.
@@ -69,6 +70,7 @@ func (w *flowWorld) note(format string, args ...any) {
 func (w *flowWorld) FlowsTo(_ context.Context, keys []TargetKey) (flows []Flow, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.looks++
 	for _, k := range keys {
 		flows = append(flows, w.flows[k]...)
 	}
@@ -80,6 +82,7 @@ func (w *flowWorld) Forget(_ context.Context, keys []TargetKey, over func(Flow) 
 		return nil, err
 	}
 	defer w.mu.Unlock()
+	w.looks++
 	forgotten := make(map[TargetKey]int)
 	for _, k := range keys {
 		if n := w.forget(k, over); n > 0 {
@@ -345,6 +348,31 @@ func TestPromptsComeInTimeWhateverFails(t *testing.T) {
 			t.Error(diff)
 		}
 	})
+}
+
+// Each look is a walk of all flows of the host, which a target that flaps must not
+// cause for nothing.
+func TestTargetsWithoutFlowsCostLittle(t *testing.T) {
+	one := webKey("10.0.1.11")
+	for _, c := range []struct {
+		name  string
+		flows []Flow
+		most  int
+	}{
+		{"none", nil, 3}, // what there is, whom to ask, and what slipped through
+		{"one", []Flow{flowTo(ProtoTCP, one, 1)}, 20},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			sweeping(t, minuteSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
+				w.set(func() { w.flows[one] = c.flows })
+				r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now())})
+				pause(4 * time.Second)
+				if w.looks == 0 || w.looks > c.most {
+					t.Errorf("%d looks, more than %d", w.looks, c.most)
+				}
+			})
+		})
+	}
 }
 
 func TestFlowsAreJudgedWhenItMatters(t *testing.T) {
