@@ -208,8 +208,8 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 }
 
 // keepHashes has destinations of a family keep their hashes while their health is
-// against them, and able has what they would take. While they are no more than the
-// others, drawing again finds one of those soon.
+// against them, and able has what they would take. As long as the others have a
+// quarter of the weight, drawing again finds one of those soon.
 func (p *Pool) keepHashes(bits int, able []int) {
 	take, out := 0, 0
 	for i := range p.Destinations {
@@ -218,7 +218,7 @@ func (p *Pool) keepHashes(bits int, able []int) {
 			out += able[i] - d.Weight
 		}
 	}
-	if out > take {
+	if out > 3*take {
 		return
 	}
 	for i := range p.Destinations {

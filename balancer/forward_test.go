@@ -164,7 +164,7 @@ func TestTargetStates(t *testing.T) {
 }
 
 // A target keeps its hashes while only its health is against it, in a family where
-// those that take flows are not less.
+// those that take flows have a quarter of the weight.
 func TestVerdictsMoveNoHash(t *testing.T) {
 	const up, down, new = Healthy, Unhealthy, Initial
 	for _, c := range []struct {
@@ -178,7 +178,8 @@ func TestVerdictsMoveNoHash(t *testing.T) {
 		{"one failed", []int{1, 2, 1}, []State{up, down, up}, []int{0, 2, 0}, nil},
 		{"one is new", []int{1, 2, 1}, []State{up, new, up}, []int{0, 2, 0}, nil},
 		{"half failed", []int{1, 2, 1}, []State{down, up, down}, []int{1, 0, 1}, nil},
-		{"more than half failed", []int{1, 3, 1}, []State{up, down, up}, []int{0, 0, 0}, nil},
+		{"three quarters failed", []int{1, 2, 1}, []State{down, down, up}, []int{1, 2, 0}, nil},
+		{"more failed", []int{1, 3, 1}, []State{down, down, up}, []int{0, 0, 0}, nil},
 		{"weight 0", []int{0, 1}, []State{down, up}, []int{0, 0}, nil},
 		{"fail-open", []int{1, 1}, []State{down, down}, []int{0, 0}, nil},
 		{"the other family does not count", []int{1, 1, 1, 1}, []State{up, up, up, down}, []int{0, 0, 0, 0}, func(g *TargetGroup) {

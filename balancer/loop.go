@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/netip"
 	"reflect"
+	"slices"
 	"sync"
 	"time"
 
@@ -390,7 +391,14 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 	repair := sync.OnceValue(func() bool { return held != nil && reflect.DeepEqual(held, done.want) })
 	l.held = nil
 	l.changing.Store(true)
-	err := Converge(ctx, l.parts, done.want, func(p PartPlan) { l.wrote(p, repair()) })
+	parts := l.parts
+	if !look && held.sameBesideTable(done.want) {
+		parts = slices.DeleteFunc(slices.Clone(parts), func(p Part) bool {
+			_, ignores := p.(TableIgnorer)
+			return ignores
+		})
+	}
+	err := Converge(ctx, parts, done.want, func(p PartPlan) { l.wrote(p, repair()) })
 	if err == nil {
 		l.held, l.lastHeld, done.held = done.want, seen.Now, true
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 )
 
 // A Part makes one kernel interface hold what a Desired asks for.
@@ -18,6 +19,11 @@ type Part interface {
 	Plan(ctx context.Context, want *Desired) (Plan, error)
 	Apply(ctx context.Context, p Plan) error
 }
+
+// A TableIgnorer is a Part to which the Table means nothing. A pass that looks at
+// nothing anew, as after a verdict, leaves it alone: what others do to it is
+// watched for.
+type TableIgnorer interface{ IgnoresTable() }
 
 // ErrOvertaken is wrapped by an Apply whose Plan no longer fits, because
 // somebody else changed the kernel in between. Nothing was changed by it.
@@ -48,6 +54,12 @@ type Desired struct {
 	Forwarding4, Forwarding6 bool
 	// Egress lists the interfaces that lead to targets, sorted.
 	Egress []string
+}
+
+// sameBesideTable reports whether two differ in their Table alone; either may be nil.
+func (d *Desired) sameBesideTable(o *Desired) bool {
+	return d != nil && o != nil && slices.Equal(d.Bound, o.Bound) && slices.Equal(d.Egress, o.Egress) &&
+		d.Forwarding4 == o.Forwarding4 && d.Forwarding6 == o.Forwarding6
 }
 
 // A Route is how the host would reach a target.

@@ -492,3 +492,41 @@ func TestNoPassIsTooLateToEndFlows(t *testing.T) {
 		})
 	}
 }
+
+// An onlooker counts how often it is asked, and does not care for the Table.
+type onlooker struct{ asked atomic.Int64 }
+
+func (*onlooker) Name() string  { return "onlooker" }
+func (*onlooker) IgnoresTable() {}
+func (o *onlooker) Plan(context.Context, *Desired) (Plan, error) {
+	o.asked.Add(1)
+	return fakePlan(nil), nil
+}
+func (*onlooker) Apply(context.Context, Plan) error { return nil }
+
+func TestVerdictsLeaveAloneWhatIgnoresThem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := new(onlooker)
+		r, stop := start(Options{Parts: append(newWorld().parts(), o), Spec: webSpec(2), Resync: time.Minute})
+		defer stop()
+		asked := func(what string, want int64, do func()) {
+			t.Helper()
+			before := o.asked.Load()
+			do()
+			synctest.Wait()
+			if n := o.asked.Load() - before; n != want {
+				t.Errorf("%s: asked %d times, want %d", what, n, want)
+			}
+		}
+		synctest.Wait()
+		asked("a verdict", 0, func() { r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): unhealthy(time.Now())}) })
+		asked("a VIP is bound elsewhere", 2, func() {
+			other := webSpec(2)
+			other.VIPs[0].Interface = "eth0"
+			if err := r.SetSpec(t.Context(), other); err != nil {
+				t.Error(err)
+			}
+		})
+		asked("resync", 1, func() { time.Sleep(time.Minute) })
+	})
+}

@@ -42,6 +42,9 @@ func NewSysctls(stateDir string, log *zap.Logger) *Sysctls {
 // Name implements balancer.Part.
 func (*Sysctls) Name() string { return "sysctls" }
 
+// IgnoresTable implements balancer.TableIgnorer.
+func (*Sysctls) IgnoresTable() {}
+
 // Plan implements balancer.Part. The plan is a [Plan].
 func (s *Sysctls) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan, error) {
 	saved, err := s.saved.Load()

@@ -25,10 +25,10 @@ func Seed(key [16]byte, purpose string) uint32 {
 }
 
 // Tries is how many hashes of a flow are looked up, one after the other, until one
-// leads to a target that takes new flows. Where half of the slots are those of
-// targets that take none, two of a thousand flows find no target so, and are left
-// to the first one.
-const Tries = 9
+// leads to a target that takes new flows. Where three quarters of the slots are
+// those of targets that take none, one of a thousand flows finds no target so, and
+// is left to the first one.
+const Tries = 24
 
 // Seeds derives the seeds of those hashes from the key.
 func Seeds(key [16]byte) (seeds [Tries]uint32) {

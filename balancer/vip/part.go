@@ -31,6 +31,9 @@ func NewWithdrawer(log *zap.Logger) *Withdrawer { return &Withdrawer{log: log} }
 // Name implements balancer.Part.
 func (*Withdrawer) Name() string { return "VIP withdrawal" }
 
+// IgnoresTable implements balancer.TableIgnorer.
+func (*Withdrawer) IgnoresTable() {}
+
 // Plan implements balancer.Part. The plan is a [Plan].
 func (*Withdrawer) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan, error) {
 	have, err := addresses()
@@ -101,6 +104,9 @@ func NewAnnouncer(log *zap.Logger) *Announcer {
 
 // Name implements balancer.Part.
 func (*Announcer) Name() string { return "VIP announcement" }
+
+// IgnoresTable implements balancer.TableIgnorer.
+func (*Announcer) IgnoresTable() {}
 
 // Plan implements balancer.Part. The plan is a [Plan].
 func (a *Announcer) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan, error) {
