@@ -266,7 +266,7 @@ type Target struct {
 	Port    uint16
 	Weight  int // 0-256; 0 takes no new flows
 	// ClientIP is the target's own, 0 if it is the group's.
-	ClientIP ClientIP
+	ClientIP ClientIP `json:",omitzero"`
 	// Colocated lists what else is on the target's host: clients from there
 	// are hairpins too.
 	Colocated []netip.Prefix

@@ -1,0 +1,226 @@
+package doctor
+
+import "fmt"
+
+// A Chain is one of a table of nf_tables that is not ours.
+type Chain struct {
+	Family string `json:"family"` // ip, ip6 or inet
+	Table  string `json:"table"`
+	Name   string `json:"name"`
+	// Type and Hook are empty for a chain that is only jumped to.
+	Type     string `json:"type,omitempty"` // filter, nat or route
+	Hook     string `json:"hook,omitempty"`
+	Priority int32  `json:"priority,omitempty"`
+	// Drops says that the policy is drop.
+	Drops bool   `json:"drops,omitempty"`
+	Rules []Rule `json:"rules,omitempty"`
+}
+
+func (c Chain) String() string { return fmt.Sprintf("%s %s %s", c.Family, c.Table, c.Name) }
+
+// ofIPTables says that iptables made the chain, whose own program gets confused by
+// rules of nft in it.
+func (c Chain) ofIPTables() bool {
+	return c.Family != "inet" && (c.Name == "FORWARD" || c.Name == "INPUT" || c.Name == "OUTPUT" ||
+		c.Name == "PREROUTING" || c.Name == "POSTROUTING")
+}
+
+// A Rule does its Action with packets that meet all Conditions.
+type Rule struct {
+	Conditions []Condition `json:"if,omitempty"`
+	Action     Action      `json:"do"`
+	// To is the chain of a Jump or Goto.
+	To string `json:"to,omitempty"`
+}
+
+// An Action is what a rule does, as far as it matters here.
+type Action string
+
+const (
+	Continue Action = "continue" // it counts, logs, marks …
+	Accept   Action = "accept"
+	Drop     Action = "drop" // or reject
+	Return   Action = "return"
+	Jump     Action = "jump"
+	Goto     Action = "goto"
+	ToSource Action = "snat" // or masquerade
+	ToDest   Action = "dnat" // or redirect, or tproxy
+	NoTrack  Action = "notrack"
+	// Unknown may be any of them: a verdict map, a queue, an extension of
+	// iptables.
+	Unknown Action = "unknown"
+)
+
+// A Condition compares bytes of a packet, or of what the kernel knows about it,
+// with a value.
+type Condition struct {
+	Field Field `json:"field"`
+	// Mask is applied before the comparison; empty is all ones.
+	Mask []byte `json:"mask,omitempty"`
+	Op   Op     `json:"op"`
+	// Value has the length of the field.
+	Value []byte `json:"value,omitempty"`
+}
+
+// A Field is some bytes of a header, or one of the values that rules can ask
+// for. The zero Field is something that is not known here.
+type Field struct {
+	Of     string `json:"of,omitempty"` // network, transport, or such as "meta 16", "ct 0"
+	Offset uint32 `json:"offset,omitempty"`
+	Len    uint32 `json:"len,omitempty"`
+}
+
+// An Op is enum nft_cmp_ops of linux/netfilter/nf_tables.h.
+type Op uint32
+
+const (
+	Equal Op = iota
+	NotEqual
+	Less
+	LessOrEqual
+	Greater
+	GreaterOrEqual
+)
+
+// A truth is true, false or not known.
+type truth int
+
+const (
+	no truth = iota
+	maybe
+	yes
+)
+
+// holds evaluates the condition for a packet.
+func (c Condition) holds(p *Packet) truth {
+	got, known := p.read(c.Field)
+	if !known || len(got) != len(c.Value) || len(c.Mask) != 0 && len(c.Mask) != len(got) {
+		return maybe
+	}
+	order := 0
+	for i := range got {
+		b := got[i]
+		if len(c.Mask) != 0 {
+			b &= c.Mask[i]
+		}
+		if b != c.Value[i] {
+			order = int(b) - int(c.Value[i])
+			break
+		}
+	}
+	result := [...]bool{
+		Equal: order == 0, NotEqual: order != 0, Less: order < 0,
+		LessOrEqual: order <= 0, Greater: order > 0, GreaterOrEqual: order >= 0,
+	}
+	if int(c.Op) >= len(result) {
+		return maybe
+	}
+	if result[c.Op] {
+		return yes
+	}
+	return no
+}
+
+func (r Rule) matches(p *Packet) truth {
+	all := yes
+	for _, c := range r.Conditions {
+		all = min(all, c.holds(p))
+	}
+	return all
+}
+
+// An Outcome is what becomes of a packet in a base chain. It is doubtful when
+// a rule that was not understood may have decided otherwise.
+type Outcome struct {
+	Action   Action // Accept, Drop, ToSource, ToDest or NoTrack
+	Doubtful bool
+}
+
+// maxJumps is how deep the kernel lets chains call each other
+// (NFT_JUMP_STACK_SIZE in include/net/netfilter/nf_tables.h).
+const maxJumps = 16
+
+// Walk takes a packet through a base chain. Rules that only may drop or rewrite
+// it are taken not to, since most lists of blocked addresses are like that;
+// rules that only may accept it make the rest doubtful.
+func Walk(chains []Chain, base Chain, p *Packet) Outcome {
+	w := walker{chains: chains, packet: p}
+	if action, ended := w.chain(base, maxJumps); ended {
+		return Outcome{action, w.doubtful}
+	}
+	if w.noTrack {
+		return Outcome{NoTrack, w.doubtful}
+	}
+	if base.Drops {
+		return Outcome{Drop, w.doubtful}
+	}
+	return Outcome{Accept, false}
+}
+
+type walker struct {
+	chains   []Chain
+	packet   *Packet
+	doubtful bool
+	noTrack  bool
+}
+
+// chain reports the action that ended the walk, or that none did.
+func (w *walker) chain(c Chain, depth int) (Action, bool) {
+	for _, r := range c.Rules {
+		truth := r.matches(w.packet)
+		if truth == no || depth == 0 {
+			continue
+		}
+		switch r.Action {
+		case Jump, Goto:
+			action, ended := w.jump(c, r, truth, depth)
+			if ended || r.Action == Goto && truth == yes {
+				return action, ended
+			}
+		case Continue:
+		case NoTrack:
+			w.noTrack = w.noTrack || truth == yes
+		case Return:
+			if truth == yes {
+				return "", false
+			}
+			w.doubtful = true
+		case Unknown:
+			w.doubtful = true
+		case Accept:
+			if truth == yes {
+				return w.accepted()
+			}
+			w.doubtful = true
+		default: // Drop and what rewrites end it
+			if truth == yes {
+				return r.Action, true
+			}
+		}
+	}
+	return "", false
+}
+
+// accepted ends a walk. A packet that is not to be tracked is remembered so.
+func (w *walker) accepted() (Action, bool) {
+	if w.noTrack {
+		return NoTrack, true
+	}
+	return Accept, true
+}
+
+// jump walks another chain. If it only may be walked, so may be what ends it.
+func (w *walker) jump(from Chain, r Rule, truth truth, depth int) (Action, bool) {
+	for _, c := range w.chains {
+		if c.Family != from.Family || c.Table != from.Table || c.Name != r.To {
+			continue
+		}
+		action, ended := w.chain(c, depth-1)
+		if ended && truth == maybe {
+			w.doubtful = w.doubtful || action == Accept
+			return "", false
+		}
+		return action, ended
+	}
+	return "", false
+}
