@@ -14,6 +14,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"nlb/balancer/doctor"
 	"nlb/config"
 )
 
@@ -315,5 +316,26 @@ func TestCountersAreTheDataplanesOwn(t *testing.T) {
 				t.Errorf("%s: there is no counter %s", name, m[1])
 			}
 		}
+	}
+}
+
+// check matches the name of a check of nlb doctor in parentheses.
+var (
+	checks = regexp.MustCompile("\\((?:[^()`]*`[^`]+`[^()`]*)+\\)")
+	check  = regexp.MustCompile("`([a-z0-9]+(?:-[a-z0-9]+)+)`")
+)
+
+func TestChecksOfDoctorExist(t *testing.T) {
+	found := 0
+	for _, group := range checks.FindAllString(read(t, "docs/troubleshooting.md"), -1) {
+		for _, m := range check.FindAllStringSubmatch(group, -1) {
+			found++
+			if !slices.ContainsFunc(doctor.Checks(), func(c doctor.Check) bool { return c.ID == m[1] }) {
+				t.Errorf("nlb doctor has no check %s", m[1])
+			}
+		}
+	}
+	if found < 10 {
+		t.Errorf("only %d names of checks were found", found)
 	}
 }

@@ -33,7 +33,7 @@ const (
 	highest = 1<<31 - 1
 )
 
-func (p passage) seenBy(c Chain) bool {
+func (p passage) seenBy(c *Chain) bool {
 	return c.Hook == p.hook && c.Priority >= p.first && c.Priority <= p.last &&
 		(c.Family == "inet" || c.Family == "ip6" == p.packet.ipv6())
 }
@@ -195,7 +195,9 @@ func firewallChecks() []Check {
 
 // bites looks for base chains of the type in which a passage ends in the action.
 func (f *Facts) bites(typ string, action Action, passages []passage) (all []symptom) {
-	for _, c := range f.Chains {
+	rules := rulesetOf(f.Chains)
+	for i := range f.Chains {
+		c := &f.Chains[i]
 		if c.Type != typ || c.Hook == "" {
 			continue
 		}
@@ -205,7 +207,7 @@ func (f *Facts) bites(typ string, action Action, passages []passage) (all []symp
 			if !p.seenBy(c) {
 				continue
 			}
-			if o := Walk(f.Chains, c, &p.packet); o.Action == action {
+			if o := rules.walk(c, &p.packet); o.Action == action {
 				hit, doubtful = append(hit, p), doubtful && o.Doubtful
 			}
 		}
@@ -217,7 +219,7 @@ func (f *Facts) bites(typ string, action Action, passages []passage) (all []symp
 }
 
 // symptom says what a chain does with some packets, and the cure.
-func (c Chain) symptom(action Action, hit []passage, doubtful bool) symptom {
+func (c *Chain) symptom(action Action, hit []passage, doubtful bool) symptom {
 	s := symptom{what: fmt.Sprintf("%s (%s, priority %d): %s for %s", c, c.Hook, c.Priority, action, hit[0]), doubtful: doubtful}
 	if len(hit) > 1 {
 		s.what += fmt.Sprintf(" and %d more", len(hit)-1)
@@ -243,7 +245,7 @@ var plainName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_/.-]*$`)
 
 // letPass is the rule that has the chain leave the packets alone. Chains of
 // iptables get one by iptables, which cannot list rules of others.
-func (c Chain) letPass(p passage) Command {
+func (c *Chain) letPass(p passage) Command {
 	if c.ofIPTables() {
 		program := "iptables"
 		if c.Family == "ip6" {

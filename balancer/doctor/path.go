@@ -59,17 +59,17 @@ func linkDown(f *Facts) (all []symptom) {
 	why := map[string]string{}
 	for _, v := range f.vips() {
 		if l, ok := f.link(v.Interface); ok && !l.Up {
-			why[l.Name] = "the VIP " + v.Address.String()
+			why[l.Name] = "the interface of " + v.Address.String()
 		}
 	}
 	for _, t := range f.targets() {
 		if l, ok := f.behindDown(t.Address); ok {
-			why[l.Name] = "the target " + t.Address.String()
+			why[l.Name] = "in the subnet of " + t.Address.String()
 		}
 	}
 	for _, l := range f.Links {
 		if why[l.Name] != "" {
-			all = append(all, found(fmt.Sprintf("%s is down, and has %s", l.Name, why[l.Name]), Command{"ip", "link", "set", l.Name, "up"}))
+			all = append(all, found(fmt.Sprintf("%s is down, %s", l.Name, why[l.Name]), Command{"ip", "link", "set", l.Name, "up"}))
 		}
 	}
 	return all

@@ -256,6 +256,9 @@ func (f *Facts) readChains(ours string) error {
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
 		return nil
 	}
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("list chains: %w (needs CAP_NET_ADMIN)", err)
+	}
 	if err != nil {
 		return fmt.Errorf("list chains: %w", err)
 	}
@@ -273,21 +276,14 @@ func (f *Facts) readChains(ours string) error {
 	if err != nil {
 		return fmt.Errorf("list rules: %w", err)
 	}
+	in := rulesetOf(f.Chains)
 	for _, m := range rules {
-		if in, r, ok := decodeRule(m); ok {
-			f.addRule(in, r)
+		chain, r, ok := decodeRule(m)
+		if c := in[chain.key()]; ok && c != nil {
+			c.Rules = append(c.Rules, r)
 		}
 	}
 	return nil
-}
-
-func (f *Facts) addRule(in Chain, r Rule) {
-	for i := range f.Chains {
-		if c := &f.Chains[i]; c.Family == in.Family && c.Table == in.Table && c.Name == in.Name {
-			c.Rules = append(c.Rules, r)
-			return
-		}
-	}
 }
 
 // nfTables dumps one kind of object of all families.

@@ -16,11 +16,11 @@ type Chain struct {
 	Rules []Rule `json:"rules,omitempty"`
 }
 
-func (c Chain) String() string { return fmt.Sprintf("%s %s %s", c.Family, c.Table, c.Name) }
+func (c *Chain) String() string { return fmt.Sprintf("%s %s %s", c.Family, c.Table, c.Name) }
 
 // ofIPTables says that iptables made the chain, whose own program gets confused by
 // rules of nft in it.
-func (c Chain) ofIPTables() bool {
+func (c *Chain) ofIPTables() bool {
 	return c.Family != "inet" && (c.Name == "FORWARD" || c.Name == "INPUT" || c.Name == "OUTPUT" ||
 		c.Name == "PREROUTING" || c.Name == "POSTROUTING")
 }
@@ -136,15 +136,35 @@ type Outcome struct {
 	Doubtful bool
 }
 
-// maxJumps is how deep the kernel lets chains call each other
-// (NFT_JUMP_STACK_SIZE in include/net/netfilter/nf_tables.h).
-const maxJumps = 16
+// A ruleset finds chains by name.
+type ruleset map[chainName]*Chain
 
-// Walk takes a packet through a base chain. Rules that only may drop or rewrite
+type chainName struct{ family, table, name string }
+
+func (c *Chain) key() chainName { return chainName{c.Family, c.Table, c.Name} }
+
+func rulesetOf(chains []Chain) ruleset {
+	rs := make(ruleset, len(chains))
+	for i := range chains {
+		rs[chains[i].key()] = &chains[i]
+	}
+	return rs
+}
+
+const (
+	// maxJumps is how deep the kernel lets chains call each other
+	// (NFT_JUMP_STACK_SIZE in include/net/netfilter/nf_tables.h).
+	maxJumps = 16
+	// maxSteps bounds a walk: chains that many rules jump to are walked as
+	// often, and a packet of which little is known takes all of these ways.
+	maxSteps = 100_000
+)
+
+// walk takes a packet through a base chain. Rules that only may drop or rewrite
 // it are taken not to, since most lists of blocked addresses are like that;
 // rules that only may accept it make the rest doubtful.
-func Walk(chains []Chain, base Chain, p *Packet) Outcome {
-	w := walker{chains: chains, packet: p}
+func (rs ruleset) walk(base *Chain, p *Packet) Outcome {
+	w := walker{rules: rs, packet: p}
 	if action, ended := w.chain(base, maxJumps); ended {
 		return Outcome{action, w.doubtful}
 	}
@@ -158,69 +178,76 @@ func Walk(chains []Chain, base Chain, p *Packet) Outcome {
 }
 
 type walker struct {
-	chains   []Chain
+	rules    ruleset
 	packet   *Packet
+	steps    int
 	doubtful bool
 	noTrack  bool
 }
 
 // chain reports the action that ended the walk, or that none did.
-func (w *walker) chain(c Chain, depth int) (Action, bool) {
+func (w *walker) chain(c *Chain, depth int) (Action, bool) {
 	for _, r := range c.Rules {
+		if w.steps++; w.steps > maxSteps || depth == 0 {
+			w.doubtful = true
+			return "", false
+		}
 		truth := r.matches(w.packet)
-		if truth == no || depth == 0 {
+		if truth == no {
 			continue
 		}
-		switch r.Action {
-		case Jump, Goto:
+		if r.Action == Jump || r.Action == Goto {
 			action, ended := w.jump(c, r, truth, depth)
 			if ended || r.Action == Goto && truth == yes {
 				return action, ended
 			}
-		case Continue:
-		case NoTrack:
-			w.noTrack = w.noTrack || truth == yes
-		case Return:
-			if truth == yes {
-				return "", false
-			}
-			w.doubtful = true
-		case Unknown:
-			w.doubtful = true
-		case Accept:
-			if truth == yes {
-				return w.accepted()
-			}
-			w.doubtful = true
-		default: // Drop and what rewrites end it
-			if truth == yes {
-				return r.Action, true
-			}
+			continue
+		}
+		if action, ended, left := w.rule(r, truth); ended || left {
+			return action, ended
 		}
 	}
 	return "", false
 }
 
-// accepted ends a walk. A packet that is not to be tracked is remembered so.
-func (w *walker) accepted() (Action, bool) {
-	if w.noTrack {
-		return NoTrack, true
+// rule does what a rule says that is no jump. The walk has ended, or the chain
+// is left, or neither.
+func (w *walker) rule(r Rule, truth truth) (action Action, ended, left bool) {
+	switch r.Action {
+	case Continue:
+	case Unknown:
+		w.doubtful = true
+	case NoTrack:
+		w.noTrack = w.noTrack || truth == yes
+	case Accept, Return:
+		if truth == maybe {
+			w.doubtful = true
+			break
+		}
+		if r.Action == Return {
+			return "", false, true
+		}
+		if w.noTrack { // accepted, and not to be tracked
+			return NoTrack, true, false
+		}
+		return Accept, true, false
+	default: // Drop, and what rewrites
+		return r.Action, truth == yes, false
 	}
-	return Accept, true
+	return "", false, false
 }
 
 // jump walks another chain. If it only may be walked, so may be what ends it.
-func (w *walker) jump(from Chain, r Rule, truth truth, depth int) (Action, bool) {
-	for _, c := range w.chains {
-		if c.Family != from.Family || c.Table != from.Table || c.Name != r.To {
-			continue
-		}
-		action, ended := w.chain(c, depth-1)
-		if ended && truth == maybe {
-			w.doubtful = w.doubtful || action == Accept
-			return "", false
-		}
-		return action, ended
+func (w *walker) jump(from *Chain, r Rule, truth truth, depth int) (Action, bool) {
+	to := w.rules[chainName{from.Family, from.Table, r.To}]
+	if to == nil {
+		w.doubtful = true // it came while the rules were read
+		return "", false
 	}
-	return "", false
+	action, ended := w.chain(to, depth-1)
+	if ended && truth == maybe {
+		w.doubtful = w.doubtful || action == Accept
+		return "", false
+	}
+	return action, ended
 }

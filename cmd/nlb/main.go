@@ -78,7 +78,8 @@ func newRoot() *cobra.Command {
 		Long: `nlb balances TCP and UDP by programming the kernel, and lets each target group
 choose how the client's address travels to its targets.
 
-Exit codes: 0 fine, 1 failed, 2 usage error; plan: 0 nothing to change, 2 changes.`,
+Exit codes: 0 fine, 1 failed, 2 usage error; plan: 0 nothing to change, 2 changes;
+doctor: 1 if a finding is an error.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE: func(*cobra.Command, []string) error {
@@ -87,7 +88,7 @@ Exit codes: 0 fine, 1 failed, 2 usage error; plan: 0 nothing to change, 2 change
 	}
 	root.AddCommand(
 		newServe(), newValidate(), newPlan(), newReload(), newStatus(), newDrain(), newUndrain(),
-		newVerify(), newRelay(), newSchema(), newClear(), newVersion(),
+		newVerify(), newDoctor(), newRelay(), newSchema(), newClear(), newVersion(),
 	)
 	return root
 }
