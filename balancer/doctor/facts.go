@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
-	"strings"
 
 	"nlb/balancer"
 )
@@ -275,8 +274,6 @@ func (f *Facts) client(ipv6 bool) (netip.Addr, bool) {
 	}
 	return netip.Addr{}, false
 }
-
-func words(items []string) string { return strings.Join(items, ", ") }
 
 // single is the address as a prefix of its full length.
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

@@ -239,6 +239,14 @@ var balancerMistakes = []mistake{
 		id: "vip-as-source", name: "IPv4", edit: []string{"198.51.100.10, interface: out0", "198.51.100.10, interface: in0", "10.0.1.1", "198.51.100.1", "[10.0.1.2]", "[198.51.100.2]"},
 		seed: "ip address flush dev in0; ip address add 198.51.100.10/24 dev in0; ip address add 198.51.100.2/24 dev in0; ip address delete 198.51.100.10/32 dev out0; ip address add 2001:db8:1::2/64 dev in0 nodad",
 	},
+	{
+		id: "vip-as-source", name: "IPv6", edit: []string{"2001:db8:77::10\", interface: out0", "2001:db8:1::10\", interface: in0", "2001:db8:77::10", "2001:db8:1::10"},
+		seed: "ip address delete 2001:db8:77::10/128 dev out0; ip address add 2001:db8:1::10/128 dev in0 nodad",
+	},
+	{
+		id: "vip-as-source", name: "named by the route", seed: "ip route change 10.0.1.0/24 dev in0 src 198.51.100.10",
+		byHand: "ip route change 10.0.1.0/24 dev in0 src 10.0.1.2",
+	},
 	{id: "source-not-local", edit: []string{"[10.0.1.2]", "[10.0.1.2, 10.0.1.3]"}},
 	{id: "foreign-drop", name: "forward policy", seed: "nft 'table inet fw { chain forward { type filter hook forward priority 0; policy drop; ct state established,related accept; }; }'"},
 	{id: "foreign-drop", name: "forward policy of IPv6", seed: "nft 'table ip6 fw { chain forward { type filter hook forward priority 0; policy drop; }; }'"},

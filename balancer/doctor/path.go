@@ -130,7 +130,7 @@ func addressChecks() []Check {
 			ID: "vip-as-source", Role: Balancer, Severity: Warning,
 			Seeks:       "the kernel sends from a VIP when a program here connects to a target",
 			Consequence: "A target that has the VIP bound itself drops these packets as its own, and flows of this host look like a client's that is the balancer.",
-			Cure:        "bind the VIP with its full length: ip address delete VIP/LEN, ip address add VIP/32",
+			Cure:        "IPv4: bind the VIP with its full length (ip address delete VIP/LEN, ip address add VIP/32); IPv6: ip address change VIP/LEN dev IF preferred_lft 0",
 			look:        vipAsSource,
 		},
 		{
@@ -226,17 +226,32 @@ func vipAsSource(f *Facts) (all []symptom) {
 func (f *Facts) rebind(r Route) []Command {
 	l, ok := f.link(r.Interface)
 	vip, bound := l.prefixOf(r.Source)
-	if !ok || !bound || vip.IsSingleIP() || !slices.ContainsFunc(l.Addresses, func(p netip.Prefix) bool {
-		return p.Addr() != vip.Addr() && p.Masked() == vip.Masked()
+	if !ok || !bound || !slices.ContainsFunc(l.Addresses, func(p netip.Prefix) bool {
+		return p.Addr() != vip.Addr() && !slices.Contains(f.vipAddrs(), p.Addr()) && p.Contains(r.next())
 	}) {
 		return nil
 	}
-	var cure []Command
-	if !r.Source.Is6() {
-		// Or the others of the subnet go with the first one.
-		cure = append(cure, set(conf4(l.Name, confPromote), "1"))
+	if r.Source.Is6() {
+		// The length of its prefix would not help: the address that resembles the
+		// destination most is chosen, unless it is deprecated (RFC 6724, section 5,
+		// rules 3 and 8).
+		return []Command{{"ip", "address", "change", vip.String(), "dev", l.Name, "preferred_lft", "0"}}
 	}
-	return append(cure, addressDelete(vip, l.Name), addressAdd(r.Source, l.Name))
+	if vip.IsSingleIP() {
+		return nil // a route names it as its source
+	}
+	return []Command{
+		// Or the others of the subnet go with the first one.
+		set(conf4(l.Name, confPromote), "1"), addressDelete(vip, l.Name), addressAdd(r.Source, l.Name),
+	}
+}
+
+// next is who gets the packets on the link.
+func (r Route) next() netip.Addr {
+	if r.Gateway.IsValid() {
+		return r.Gateway
+	}
+	return r.To
 }
 
 func sourceNotLocal(f *Facts) (all []symptom) {
@@ -256,13 +271,23 @@ func sourceNotLocal(f *Facts) (all []symptom) {
 		if len(f.holders(a)) > 0 {
 			continue
 		}
-		ifname := "lo"
-		if e := f.egress(a.Is6()); len(e) > 0 {
-			ifname = e[0]
-		}
-		all = append(all, found(fmt.Sprintf("%s of %s is on no interface", a, wanted[a]), addressAdd(a, ifname)))
+		all = append(all, found(fmt.Sprintf("%s of %s is on no interface", a, wanted[a]), addressAdd(a, f.homeOf(a))))
 	}
 	return all
+}
+
+// homeOf is the interface that an address belongs on: one with its subnet, else
+// the first that leads to targets, else the loopback.
+func (f *Facts) homeOf(a netip.Addr) string {
+	for _, l := range f.Links {
+		if slices.ContainsFunc(l.Addresses, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			return l.Name
+		}
+	}
+	for _, ifname := range f.egress(a.Is6()) {
+		return ifname
+	}
+	return "lo"
 }
 
 func flowChecks() []Check {
