@@ -141,8 +141,13 @@ func (d *ruleDecoder) expression(name string, b []byte) {
 	case "match":
 		d.match(b)
 	case "counter", "log", "objref", "comment", "nflog":
-	case "lookup", "range", "fib", "rt", "socket", "osf", "limit", "connlimit", "quota", "hash", "numgen", "byteorder", "exthdr", "dynset", "xfrm", "inner", "tunnel", "last":
-		d.lookup(name, b)
+	case "lookup":
+		d.lookup(b)
+	case "range", "fib", "rt", "socket", "osf", "limit", "connlimit", "quota", "hash", "numgen", "byteorder", "exthdr", "dynset", "xfrm", "inner", "tunnel", "last":
+		// Their results are not followed: what registers have from now on is not
+		// known.
+		d.doubt()
+		clear(d.fields)
 	case "reject":
 		d.rule.Action = Drop
 	case "masq":
@@ -210,14 +215,14 @@ func (d *ruleDecoder) compare(b []byte) {
 	op, known := getNumber(b, unix.NFTA_CMP_OP)
 	value := get(b, unix.NFTA_CMP_DATA, unix.NFTA_DATA_VALUE)
 	l := d.fields[from]
-	if !known || l.field.Of == "" {
+	if !known || Op(op) > GreaterOrEqual || l.field.Of == "" {
 		d.doubt()
 		return
 	}
 	if l.field.Offset == 0 && l.field.Of != ofNetwork && l.field.Of != ofTransport {
 		l.field.Len = uint32(len(value))
 	}
-	d.rule.Conditions = append(d.rule.Conditions, Condition{l.field, l.mask, Op(op), value})
+	d.rule.Conditions = append(d.rule.Conditions, Condition{Field: l.field, Mask: l.mask, Op: Op(op), Value: value})
 }
 
 // Verdicts of nf_tables.
@@ -246,14 +251,24 @@ func (d *ruleDecoder) immediate(b []byte) {
 	d.rule.Action, d.rule.To = action, getText(verdict, unix.NFTA_VERDICT_CHAIN)
 }
 
-// lookup is any expression whose result is not followed: what registers have
-// from now on is not known. A lookup into the verdict decides.
-func (d *ruleDecoder) lookup(name string, b []byte) {
-	d.doubt()
-	clear(d.fields)
-	if to, loads := getNumber(b, unix.NFTA_LOOKUP_DREG); name == "lookup" && loads && to == unix.NFT_REG_VERDICT {
-		d.rule.Action = Unknown
+// lookup asks for membership in a set, or takes a value or a verdict from a map,
+// which is not followed.
+func (d *ruleDecoder) lookup(b []byte) {
+	if to, maps := getNumber(b, unix.NFTA_LOOKUP_DREG); maps {
+		d.doubt()
+		clear(d.fields)
+		if to == unix.NFT_REG_VERDICT {
+			d.rule.Action = Unknown
+		}
+		return
 	}
+	from, _ := getNumber(b, unix.NFTA_LOOKUP_SREG)
+	op := In
+	if flags, _ := getNumber(b, unix.NFTA_LOOKUP_FLAGS); flags&unix.NFT_LOOKUP_F_INV != 0 {
+		op = NotIn
+	}
+	l := d.fields[from]
+	d.rule.Conditions = append(d.rule.Conditions, Condition{Field: l.field, Mask: l.mask, Op: op, Set: getText(b, unix.NFTA_LOOKUP_SET)})
 }
 
 func (d *ruleDecoder) nat(b []byte) {

@@ -16,6 +16,6 @@
 //
 // Other tables of nf_tables are read to see what becomes of one packet of each
 // kind of ours in their base chains ([Packet]). What cannot be known of the
-// packet (the client's address), and what is not read of the rules (sets, the
-// matches of iptables), makes the outcome doubtful, and the finding a warning.
+// packet (the client's address), and what is not read of the rules (maps, large
+// sets, most matches of iptables), makes the outcome doubtful, and the finding a warning.
 package doctor

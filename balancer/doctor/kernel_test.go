@@ -256,6 +256,14 @@ var balancerMistakes = []mistake{
 	{id: "foreign-drop", name: "relay for certain", seed: "nft 'table inet fw { chain input { type filter hook input priority 0; policy drop; ct state established,related accept; }; }'"},
 	{id: "foreign-drop", name: "health checks", seed: "nft 'table inet fw { chain output { type filter hook output priority 0; oifname in0 tcp dport 8000-9000 drop; }; }'"},
 	{id: "foreign-drop", name: "before the choice", seed: "nft 'table ip fw { chain early { type filter hook prerouting priority raw; tcp dport 80 drop; }; }'"},
+	{id: "foreign-drop", name: "a set without the port", seed: "nft 'table inet fw { chain input { type filter hook input priority 0; policy drop; ct state { established, related } accept; tcp dport { 22, 80-90 } accept; }; }'"},
+	{id: "foreign-drop", name: "a set with a target", seed: "nft 'table inet fw { set bad { type ipv4_addr; flags interval; elements = { 10.0.1.12-10.0.1.20, 10.9.0.0/16 }; }; chain forward { type filter hook forward priority 0; ip daddr @bad drop; }; }'"},
+	{id: "foreign-drop", name: "all but a set", seed: "nft 'table inet fw { chain forward { type filter hook forward priority 0; oifname in0 tcp dport != { 80, 443 } drop; }; }'"},
+	{id: "foreign-drop", name: "ports up to the last", seed: "nft 'table inet fw { chain forward { type filter hook forward priority 0; oifname { in0, in1 } tcp dport { 22, 1024-65535 } drop; }; }'"},
+	{
+		id: "foreign-drop", name: "unless a set of two fields says otherwise", severity: Warning,
+		seed: "nft 'table ip fw { chain forward { type filter hook forward priority 0; policy drop; ct direction reply accept; ip daddr . tcp dport { 10.0.1.11 . 8080, 10.0.1.12 . 8080 } accept; }; }'",
+	},
 	{
 		id: "foreign-drop", name: "unless a set says otherwise", severity: Warning,
 		seed: "nft 'table ip fw { chain forward { type filter hook forward priority 0; policy drop; ip daddr { 10.0.1.11, 10.0.1.12 } accept; }; }'",
@@ -289,7 +297,10 @@ func TestHealthyHostsHaveNoFindings(t *testing.T) {
 		// A firewall that lets everything of ours pass is healthy too.
 		h.run(`nft 'table inet fw {
 			chain forward { type filter hook forward priority 0; policy drop; ct state established,related accept; ct status dnat accept; }
-			chain input { type filter hook input priority 0; policy drop; ct state established,related accept; iifname lo accept; tcp dport 25 accept; }
+			chain input { type filter hook input priority 0; policy drop; ct state established,related accept; iifname lo accept; tcp dport { 22, 25, 80-443 } accept; }
+			set blocked { type ipv4_addr; flags interval; elements = { 192.0.2.0/24, 10.0.9.0-10.0.10.5 }; }
+			set seen { type ipv4_addr; flags dynamic,timeout; timeout 1m; }
+			chain early { type filter hook prerouting priority raw; ip saddr @blocked drop; ip daddr @blocked drop; ip daddr @seen drop; }
 			chain post { type nat hook postrouting priority srcnat; ip saddr 10.0.1.0/24 oifname out0 masquerade; }
 		}'`)
 		if d := cmp.Diff([]string(nil), ids(Diagnose(h.read()))); d != "" {

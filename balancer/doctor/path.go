@@ -146,7 +146,17 @@ func addressChecks() []Check {
 func addressAdd(a netip.Addr, ifname string) Command {
 	c := Command{"ip", "address", "add", single(a).String(), "dev", ifname}
 	if a.Is6() {
-		c = append(c, "nodad") // usable at once, as nlb serve binds it
+		c = append(c, "nodad") // usable at once
+	}
+	return c
+}
+
+// vipAdd binds a VIP as nlb serve does: never chosen as a source, and without
+// the wait for duplicates, since a VIP moves.
+func vipAdd(a netip.Addr, ifname string) Command {
+	c := addressAdd(a, ifname)
+	if a.Is6() {
+		c = append(c, "preferred_lft", "0")
 	}
 	return c
 }
@@ -171,7 +181,7 @@ func vipUnbound(f *Facts) (all []symptom) {
 			all = append(all, symptom{what: fmt.Sprintf("%s, and there is no %s", what, ifname), advice: "name an interface of this host in vips"})
 			continue
 		}
-		all = append(all, found(what, addressAdd(v.Address, ifname)))
+		all = append(all, found(what, vipAdd(v.Address, ifname)))
 	}
 	return all
 }
@@ -187,7 +197,7 @@ func vipElsewhere(f *Facts) (all []symptom) {
 			p, _ := l.prefixOf(v.Address)
 			cure := []Command{addressDelete(p, l.Name)}
 			if _, exists := f.link(v.Interface); exists && !right {
-				cure, right = append(cure, addressAdd(v.Address, v.Interface)), true
+				cure, right = append(cure, vipAdd(v.Address, v.Interface)), true
 			}
 			all = append(all, found(fmt.Sprintf("%s is on %s, and belongs on %s", p, l.Name, v.Interface), cure...))
 		}
@@ -242,7 +252,7 @@ func (f *Facts) rebind(r Route) []Command {
 	}
 	return []Command{
 		// Or the others of the subnet go with the first one.
-		set(conf4(l.Name, confPromote), "1"), addressDelete(vip, l.Name), addressAdd(r.Source, l.Name),
+		set(conf4(l.Name, confPromote), "1"), addressDelete(vip, l.Name), vipAdd(r.Source, l.Name),
 	}
 }
 

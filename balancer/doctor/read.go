@@ -252,7 +252,7 @@ func noRoute(err error) bool {
 
 // readChains reads all rules but ours. A kernel without nf_tables has none.
 func (f *Facts) readChains(ours string) error {
-	chains, err := nfTables(unix.NFT_MSG_GETCHAIN)
+	chains, err := nfTables(unix.NFT_MSG_GETCHAIN, unix.NFPROTO_UNSPEC)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
 		return nil
 	}
@@ -272,7 +272,7 @@ func (f *Facts) readChains(ours string) error {
 	if len(f.Chains) == 0 {
 		return nil // ours may have many rules
 	}
-	rules, err := nfTables(unix.NFT_MSG_GETRULE)
+	rules, err := nfTables(unix.NFT_MSG_GETRULE, unix.NFPROTO_UNSPEC)
 	if err != nil {
 		return fmt.Errorf("list rules: %w", err)
 	}
@@ -283,14 +283,18 @@ func (f *Facts) readChains(ours string) error {
 			c.Rules = append(c.Rules, r)
 		}
 	}
-	return nil
+	return f.readSets()
 }
 
-// nfTables dumps one kind of object of all families.
-func nfTables(typ int) ([][]byte, error) {
+// nfTables dumps one kind of object, of all families or one. What has to be
+// named is in the attributes.
+func nfTables(typ int, family uint8, which ...*nl.RtAttr) ([][]byte, error) {
 	return steady(func() ([][]byte, error) {
 		req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|typ, unix.NLM_F_DUMP)
-		req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_UNSPEC, Version: unix.NFNETLINK_V0})
+		req.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: unix.NFNETLINK_V0})
+		for _, a := range which {
+			req.AddData(a)
+		}
 		return req.Execute(unix.NETLINK_NETFILTER, 0)
 	})
 }

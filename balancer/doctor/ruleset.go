@@ -1,6 +1,9 @@
 package doctor
 
-import "fmt"
+import (
+	"bytes"
+	"fmt"
+)
 
 // A Chain is one of a table of nf_tables that is not ours.
 type Chain struct {
@@ -58,8 +61,19 @@ type Condition struct {
 	// Mask is applied before the comparison; empty is all ones.
 	Mask []byte `json:"mask,omitempty"`
 	Op   Op     `json:"op"`
-	// Value has the length of the field.
+	// Value has the length of the field; In and NotIn have a Set instead.
 	Value []byte `json:"value,omitempty"`
+	// Set is the name of a set of the rule's table. Ranges are its elements if
+	// Listed, which large sets and those that packets change are not.
+	Set    string  `json:"set,omitempty"`
+	Ranges []Range `json:"ranges,omitempty"`
+	Listed bool    `json:"listed,omitempty"`
+}
+
+// A Range is an element of a set: all from First to Last.
+type Range struct {
+	First []byte `json:"first"`
+	Last  []byte `json:"last"`
 }
 
 // A Field is some bytes of a header, or one of the values that rules can ask
@@ -70,7 +84,7 @@ type Field struct {
 	Len    uint32 `json:"len,omitempty"`
 }
 
-// An Op is enum nft_cmp_ops of linux/netfilter/nf_tables.h.
+// An Op is enum nft_cmp_ops of linux/netfilter/nf_tables.h, or about a set.
 type Op uint32
 
 const (
@@ -80,6 +94,8 @@ const (
 	LessOrEqual
 	Greater
 	GreaterOrEqual
+	In
+	NotIn
 )
 
 // A truth is true, false or not known.
@@ -94,28 +110,57 @@ const (
 // holds evaluates the condition for a packet.
 func (c Condition) holds(p *Packet) truth {
 	got, known := p.read(c.Field)
-	if !known || len(got) != len(c.Value) || len(c.Mask) != 0 && len(c.Mask) != len(got) {
+	if !known || len(c.Mask) != 0 && len(c.Mask) != len(got) {
 		return maybe
 	}
-	order := 0
-	for i := range got {
-		b := got[i]
-		if len(c.Mask) != 0 {
-			b &= c.Mask[i]
-		}
-		if b != c.Value[i] {
-			order = int(b) - int(c.Value[i])
-			break
+	if len(c.Mask) != 0 {
+		got = bytes.Clone(got)
+		for i := range got {
+			got[i] &= c.Mask[i]
 		}
 	}
-	result := [...]bool{
-		Equal: order == 0, NotEqual: order != 0, Less: order < 0,
-		LessOrEqual: order <= 0, Greater: order > 0, GreaterOrEqual: order >= 0,
+	if c.Op == In || c.Op == NotIn {
+		return c.holdsInSet(got)
 	}
-	if int(c.Op) >= len(result) {
+	if len(got) != len(c.Value) {
 		return maybe
 	}
-	if result[c.Op] {
+	order := bytes.Compare(got, c.Value)
+	switch c.Op {
+	case Equal:
+		return truthOf(order == 0)
+	case NotEqual:
+		return truthOf(order != 0)
+	case Less:
+		return truthOf(order < 0)
+	case LessOrEqual:
+		return truthOf(order <= 0)
+	case Greater:
+		return truthOf(order > 0)
+	case GreaterOrEqual:
+		return truthOf(order >= 0)
+	}
+	return maybe
+}
+
+// holdsInSet does not know about elements of another length: their key has more
+// than one field.
+func (c Condition) holdsInSet(got []byte) truth {
+	if !c.Listed {
+		return maybe
+	}
+	in := false
+	for _, r := range c.Ranges {
+		if len(r.First) != len(got) || len(r.Last) != len(got) {
+			return maybe
+		}
+		in = in || bytes.Compare(r.First, got) <= 0 && bytes.Compare(got, r.Last) <= 0
+	}
+	return truthOf(in == (c.Op == In))
+}
+
+func truthOf(b bool) truth {
+	if b {
 		return yes
 	}
 	return no

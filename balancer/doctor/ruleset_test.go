@@ -88,6 +88,11 @@ func TestConditions(t *testing.T) {
 		{"greater or equal", Condition{Field: Field{ofTransport, 2, 2}, Op: GreaterOrEqual, Value: []byte{0x12, 0x34}}, yes},
 		{"less or equal", Condition{Field: Field{ofTransport, 2, 2}, Op: LessOrEqual, Value: []byte{0x12, 0x33}}, no},
 		{"less", Condition{Field: Field{ofTransport, 2, 2}, Op: Less, Value: []byte{0x13, 0}}, yes},
+		{"in a set", Condition{Field: Field{ofTransport, 2, 2}, Op: In, Listed: true, Ranges: []Range{{[]byte{0, 1}, []byte{0, 2}}, {[]byte{0x12, 0}, []byte{0x12, 0x34}}}}, yes},
+		{"not in a set", Condition{Field: Field{ofTransport, 2, 2}, Op: NotIn, Listed: true, Ranges: []Range{{[]byte{0, 1}, []byte{0, 2}}}}, yes},
+		{"in an empty set", Condition{Field: Field{ofTransport, 2, 2}, Op: In, Listed: true}, no},
+		{"in a set that was not read", Condition{Field: Field{ofTransport, 2, 2}, Op: NotIn, Set: "a"}, maybe},
+		{"in a set of two fields", Condition{Field: Field{ofTransport, 2, 2}, Op: In, Listed: true, Ranges: []Range{{make([]byte, 8), make([]byte, 8)}}}, maybe},
 		{"no such comparison", Condition{Field: Field{ofTransport, 2, 2}, Op: 9, Value: []byte{0x13, 0}}, maybe},
 		{"family", Condition{Field: Field{Of: metaField(unix.NFT_META_NFPROTO), Len: 1}, Value: []byte{unix.NFPROTO_IPV6}}, yes},
 		{"interface", Condition{Field: Field{Of: metaField(unix.NFT_META_IIFNAME), Len: 16}, Value: name}, yes},
@@ -204,6 +209,53 @@ func FuzzDecodeRule(f *testing.F) {
 		}
 		in.Rules = []Rule{r}
 		rulesetOf([]Chain{in}).walk(&in, &Packet{Dst: addr("10.0.1.11"), DstPort: 80, Protocol: 6})
+	})
+}
+
+func TestRangesOf(t *testing.T) {
+	start := func(key ...byte) bound { return bound{key, false} }
+	end := func(key ...byte) bound { return bound{key, true} }
+	tests := []struct {
+		name      string
+		bounds    []bound
+		intervals bool
+		want      []Range
+	}{
+		{name: "none"},
+		{name: "keys", bounds: []bound{start(2), start(1)}, want: []Range{{[]byte{1}, []byte{1}}, {[]byte{2}, []byte{2}}}},
+		{
+			name: "intervals", intervals: true, bounds: []bound{end(1, 0), start(0, 2), end(0, 0), start(1, 5), end(1, 6)},
+			want: []Range{{[]byte{0, 2}, []byte{0, 255}}, {[]byte{1, 5}, []byte{1, 5}}},
+		},
+		{
+			name: "one begins where another ends", intervals: true, bounds: []bound{start(1), end(3), start(3), end(4)},
+			want: []Range{{[]byte{1}, []byte{2}}, {[]byte{3}, []byte{3}}},
+		},
+		{name: "to the last key", intervals: true, bounds: []bound{start(4, 0)}, want: []Range{{[]byte{4, 0}, []byte{255, 255}}}},
+	}
+	for _, tt := range tests {
+		if d := cmp.Diff(tt.want, rangesOf(tt.bounds, tt.intervals)); d != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.name, d)
+		}
+	}
+}
+
+func FuzzDecodeElements(f *testing.F) {
+	element := func(key []byte, flags byte) []byte {
+		return nest(unix.NFTA_LIST_ELEM, nest(unix.NFTA_SET_ELEM_KEY, nest(unix.NFTA_DATA_VALUE, key)), nest(unix.NFTA_SET_ELEM_FLAGS, []byte{0, 0, 0, flags}))
+	}
+	seed := append([]byte{unix.NFPROTO_INET, 0, 0, 0}, nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS, element([]byte{0, 80}, 0), element([]byte{0, 90}, 1))...)
+	if d := cmp.Diff([]Range{{[]byte{0, 80}, []byte{0, 89}}}, rangesOf(decodeElements(seed), true)); d != "" {
+		f.Fatal(d)
+	}
+	f.Add(seed, true)
+	f.Fuzz(func(t *testing.T, msg []byte, intervals bool) {
+		decodeSet(msg)
+		for _, r := range rangesOf(decodeElements(msg), intervals) {
+			if len(r.First) != len(r.Last) || string(r.First) > string(r.Last) {
+				t.Errorf("%x-%x", r.First, r.Last)
+			}
+		}
 	})
 }
 
