@@ -431,3 +431,23 @@ func TestReadChangesNothing(t *testing.T) {
 		t.Error(d)
 	}
 }
+
+// TestLargeSetsAreNotRead leaves a doubt, and no list of thousands in the facts.
+func TestLargeSetsAreNotRead(t *testing.T) {
+	t.Parallel()
+	h := balancerHost(t, healthyConfig)
+	var elements []string
+	for i := range maxElements + 1 {
+		elements = append(elements, netip.AddrFrom4([4]byte{10, 8, byte(i >> 8), byte(i)}).String())
+	}
+	h.run("nft -f - <<'END'\ntable ip fw { set good { type ipv4_addr; elements = { " + strings.Join(elements, ",") +
+		" }; }; chain forward { type filter hook forward priority 0; policy drop; ip daddr @good accept; }; }\nEND")
+	facts := h.read()
+	if c := facts.Chains[0].Rules[0].Conditions[0]; c.Set != "good" || c.Listed || len(c.Ranges) > 0 {
+		t.Errorf("%s has %d elements, listed: %v", c.Set, len(c.Ranges), c.Listed)
+	}
+	findings := Diagnose(facts)
+	if len(findings) != 1 || findings[0].Check != "foreign-drop" || findings[0].Severity != Warning {
+		t.Errorf("found %v", findings)
+	}
+}

@@ -286,25 +286,42 @@ func (f *Facts) readChains(ours string) error {
 	return f.readSets()
 }
 
-// nfTables dumps one kind of object, of all families or one. What has to be
-// named is in the attributes.
-func nfTables(typ int, family uint8, which ...*nl.RtAttr) ([][]byte, error) {
-	return steady(func() ([][]byte, error) {
-		req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|typ, unix.NLM_F_DUMP)
-		req.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: unix.NFNETLINK_V0})
-		for _, a := range which {
-			req.AddData(a)
-		}
-		return req.Execute(unix.NETLINK_NETFILTER, 0)
+// nfTables dumps one kind of object, of all families or one.
+func nfTables(typ int, family uint8) ([][]byte, error) {
+	return steady(func() (all [][]byte, err error) {
+		err = nfTablesEach(typ, family, func(m []byte) bool {
+			all = append(all, m)
+			return true
+		})
+		return all, err
 	})
+}
+
+// nfTablesEach calls f with each message of a dump, until f says no. Which has
+// the names of what is dumped.
+func nfTablesEach(typ int, family uint8, f func([]byte) bool, which ...*nl.RtAttr) error {
+	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|typ, unix.NLM_F_DUMP)
+	req.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: unix.NFNETLINK_V0})
+	for _, a := range which {
+		req.AddData(a)
+	}
+	return req.ExecuteIter(unix.NETLINK_NETFILTER, 0, f)
 }
 
 // steady repeats a dump until nothing changed while it was read.
 func steady[T any](dump func() ([]T, error)) (all []T, err error) {
+	err = again(func() error {
+		all, err = dump()
+		return err
+	})
+	return all, err
+}
+
+func again(dump func() error) (err error) {
 	for range tries {
-		if all, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return all, err
+		if err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return err
 		}
 	}
-	return nil, err
+	return err
 }

@@ -17,8 +17,8 @@ const unlisted = unix.NFT_SET_MAP | unix.NFT_SET_TIMEOUT | unix.NFT_SET_EVAL | u
 // nftSetConcat is NFT_SET_CONCAT of linux/netfilter/nf_tables.h.
 const nftSetConcat = 0x80
 
-// maxElements is how large a set may be and still be read, in elements: lists of
-// blocked networks have hundred thousands, and say nothing about our packets.
+// maxElements is how large a set may be and still be read, in elements, of which
+// an interval has two: lists of blocked networks have hundred thousands.
 const maxElements = 4096
 
 // setsWanted are the sets that rules ask about fields that are known.
@@ -53,7 +53,7 @@ func (f *Facts) readSets() error {
 		if !ok || len(wanted[s.name]) == 0 || s.flags&unlisted != 0 || s.size > maxElements {
 			continue
 		}
-		ranges, err := s.elements(m[0])
+		ranges, few, err := s.elements(m[0])
 		if errors.Is(err, unix.ENOENT) {
 			continue // it went meanwhile
 		}
@@ -61,7 +61,7 @@ func (f *Facts) readSets() error {
 			return fmt.Errorf("list set %s %s %s: %w", s.name.family, s.name.table, s.name.name, err)
 		}
 		for _, c := range wanted[s.name] {
-			c.Ranges, c.Listed = ranges, true
+			c.Ranges, c.Listed = ranges, few
 		}
 	}
 	return nil
@@ -94,18 +94,21 @@ type bound struct {
 	end bool
 }
 
-func (s namedSet) elements(family uint8) ([]Range, error) {
-	messages, err := nfTables(unix.NFT_MSG_GETSETELEM, family,
-		nl.NewRtAttr(unix.NFTA_SET_ELEM_LIST_TABLE, nl.ZeroTerminated(s.name.table)),
-		nl.NewRtAttr(unix.NFTA_SET_ELEM_LIST_SET, nl.ZeroTerminated(s.name.name)))
-	if err != nil {
-		return nil, err
-	}
+// elements are not ok if they are too many.
+func (s namedSet) elements(family uint8) (ranges []Range, ok bool, err error) {
 	var bounds []bound
-	for _, m := range messages {
-		bounds = append(bounds, decodeElements(m)...)
+	err = again(func() error {
+		bounds = nil
+		return nfTablesEach(unix.NFT_MSG_GETSETELEM, family, func(m []byte) bool {
+			bounds = append(bounds, decodeElements(m)...)
+			return len(bounds) <= maxElements
+		}, nl.NewRtAttr(unix.NFTA_SET_ELEM_LIST_TABLE, nl.ZeroTerminated(s.name.table)),
+			nl.NewRtAttr(unix.NFTA_SET_ELEM_LIST_SET, nl.ZeroTerminated(s.name.name)))
+	})
+	if err != nil || len(bounds) > maxElements {
+		return nil, false, err
 	}
-	return rangesOf(bounds, s.flags&unix.NFT_SET_INTERVAL != 0), nil
+	return rangesOf(bounds, s.flags&unix.NFT_SET_INTERVAL != 0), true, nil
 }
 
 // decodeElements reads NFT_MSG_NEWSETELEM.
