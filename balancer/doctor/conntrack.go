@@ -77,8 +77,8 @@ func conntrackChecks() []Check {
 			ID: "conntrack-events", Role: Balancer, Severity: Warning,
 			Seeks:       "connection tracking tells nobody about flows that end",
 			Consequence: "Flows that begin and end between two readings are counted nowhere.",
-			Cure:        "sysctl -w net.netfilter.nf_conntrack_events=2",
-			look:        wrong(keyCTEvents, "0", "2", always),
+			Cure:        "sysctl -w net.netfilter.nf_conntrack_events=1",
+			look:        wrong(keyCTEvents, "0", "1", always),
 		},
 		{
 			ID: "conntrack-loose", Role: Balancer, Severity: Warning,

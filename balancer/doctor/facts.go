@@ -78,6 +78,9 @@ type Facts struct {
 	Returns []Route `json:"returns,omitempty"`
 	// Chains are the base chains of other tables than ours, and what they jump to.
 	Chains []Chain `json:"chains"`
+	// LegacyTables are those of iptables-legacy, whose rules nf_tables does not
+	// show.
+	LegacyTables []string `json:"legacy_tables,omitempty"`
 	// Flows are the balanced ones, summed up. Balancer only.
 	Flows []FlowSum `json:"flows,omitempty"`
 	// Duplicates are VIPs that another host answered for when asked.

@@ -103,6 +103,18 @@ var pureMistakes = []struct {
 		}},
 	},
 	{
+		id: "iptables-legacy",
+		facts: func() *Facts {
+			f := healthyFacts(nil)
+			f.LegacyTables = []string{"iptables filter", "ip6tables nat"}
+			return f
+		},
+		want: []Finding{{
+			Severity: Notice, What: "in use: iptables filter, ip6tables nat",
+			Advice: "iptables-legacy-save and ip6tables-legacy-save show their rules; iptables-nft holds them where they are seen",
+		}},
+	},
+	{
 		id: "return-path",
 		facts: func() *Facts {
 			f := healthyFacts(specOf(balancer.Preserve, balancer.Target{Address: addr("10.0.1.11")}, balancer.Target{Address: addr("10.0.1.12")}))

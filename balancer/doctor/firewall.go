@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 
 	"nlb/balancer"
 )
@@ -190,6 +191,13 @@ func firewallChecks() []Check {
 			Cure:        "nft insert rule FAMILY TABLE CHAIN ip daddr VIP accept, or ip saddr TARGET",
 			look:        foreignNoTrack,
 		},
+		{
+			ID: "iptables-legacy", Role: Balancer, Severity: Notice,
+			Seeks:       "there are tables of iptables-legacy",
+			Consequence: "What their rules drop or rewrite cannot be seen here.",
+			Cure:        "by hand: iptables-legacy-save shows them; move them to nftables",
+			look:        legacyTables,
+		},
 	}
 }
 
@@ -254,6 +262,16 @@ func (c *Chain) letPass(p passage) Command {
 		return slices.Concat(Command{program, "-t", c.Table, "-I", c.Name}, p.matchIPTables, Command{"-j", "ACCEPT"})
 	}
 	return slices.Concat(Command{"nft", "insert", "rule", c.Family, c.Table, c.Name}, p.match, Command{"accept"})
+}
+
+func legacyTables(f *Facts) []symptom {
+	if len(f.LegacyTables) == 0 {
+		return nil
+	}
+	return []symptom{{
+		what:   "in use: " + strings.Join(f.LegacyTables, ", "),
+		advice: "iptables-legacy-save and ip6tables-legacy-save show their rules; iptables-nft holds them where they are seen",
+	}}
 }
 
 func foreignDrop(f *Facts) []symptom { return f.bites("filter", Drop, f.filtered()) }

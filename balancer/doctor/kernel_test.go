@@ -283,7 +283,18 @@ var targetMistakes = []mistake{
 		id: "target-rp-filter", seed: "ip route replace default via 10.0.9.1 dev out0; ip route add 10.0.7.2/32 via 10.0.1.1 dev in0; sysctl -w net.ipv4.conf.in0.rp_filter=1",
 		asked: func(q *Question) { q.Balancers = []netip.Addr{netip.MustParseAddr("10.0.7.2")} },
 	},
-	{id: "target-redirects", seed: "sysctl -w net.ipv4.conf.in0.accept_redirects=1"},
+	{
+		id: "target-return-path", name: "IPv6",
+		seed: "ip address add 2001:db8:1::11/64 dev in0 nodad; ip address add 2001:db8:9::11/64 dev out0 nodad; " +
+			"ip -6 route add default via 2001:db8:9::1 dev out0; sysctl -w net.ipv6.conf.in0.accept_redirects=0",
+		asked: func(q *Question) { q.Balancers = []netip.Addr{netip.MustParseAddr("2001:db8:1::2")} },
+	},
+	{
+		id: "target-redirects", name: "IPv6",
+		seed:  "ip address add 2001:db8:1::11/64 dev in0 nodad; ip -6 route add default via 2001:db8:1::2 dev in0; sysctl -w net.ipv6.conf.in0.accept_redirects=1",
+		asked: func(q *Question) { q.Balancers = []netip.Addr{netip.MustParseAddr("2001:db8:1::2")} },
+	},
+	{id: "target-redirects", name: "IPv4", seed: "sysctl -w net.ipv4.conf.in0.accept_redirects=1"},
 	{id: "target-drop", name: "policy", seed: "nft 'table inet fw { chain input { type filter hook input priority 0; policy drop; ct state established accept; }; }'"},
 	{id: "target-drop", name: "replies", seed: "nft 'table inet fw { chain output { type filter hook output priority 0; tcp sport 8080 reject; }; }'"},
 	{id: "target-masquerade", seed: "nft 'table ip nat { chain post { type nat hook postrouting priority srcnat; ip daddr != 10.0.0.0/8 oifname in0 masquerade; }; }'"},

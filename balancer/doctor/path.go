@@ -336,17 +336,15 @@ func neighbours(a, b netip.Addr) bool {
 }
 
 func returnPath(f *Facts) (all []symptom) {
-	for _, target := range f.clientKeepers() {
-		answered, unanswered := 0, 0
-		for _, s := range f.Flows {
-			if s.Target == target {
-				answered += s.Answered
-				if !neighbours(s.Client, target) {
-					unanswered += s.Unanswered
-				}
-			}
+	answered, unanswered := map[netip.Addr]int{}, map[netip.Addr]int{}
+	for _, s := range f.Flows {
+		answered[s.Target] += s.Answered
+		if !neighbours(s.Client, s.Target) {
+			unanswered[s.Target] += s.Unanswered
 		}
-		if answered > 0 || unanswered < fewFlows {
+	}
+	for _, target := range f.clientKeepers() {
+		if answered[target] > 0 || unanswered[target] < fewFlows {
 			continue
 		}
 		source := "ADDRESS"
@@ -354,7 +352,7 @@ func returnPath(f *Facts) (all []symptom) {
 			source = r.Source.String()
 		}
 		all = append(all, symptom{
-			what:   fmt.Sprintf("%d flows to %s, none of them answered", unanswered, target),
+			what:   fmt.Sprintf("%d flows to %s, none of them answered", unanswered[target], target),
 			advice: fmt.Sprintf("on %s: nlb doctor --target --lb %s; or client_ip: snat for it", target, source),
 		})
 	}

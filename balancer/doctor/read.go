@@ -55,6 +55,15 @@ func (f *Facts) readKernel() error {
 	// Of this thread: a process has the namespace of its first one.
 	_, err := os.Stat("/proc/thread-self/net/ip_vs")
 	f.IPVS = err == nil
+	for _, program := range []string{"ip", "ip6"} {
+		names, err := os.ReadFile("/proc/thread-self/net/" + program + "_tables_names")
+		if err != nil {
+			continue // this kernel has none
+		}
+		for _, name := range strings.Fields(string(names)) {
+			f.LegacyTables = append(f.LegacyTables, program+"tables "+name)
+		}
+	}
 	return nil
 }
 
