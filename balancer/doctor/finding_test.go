@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 )
@@ -113,6 +114,40 @@ var pureMistakes = []struct {
 			Severity: Notice, What: "in use: iptables filter, ip6tables nat",
 			Advice: "iptables-legacy-save and ip6tables-legacy-save show their rules; iptables-nft holds them where they are seen",
 		}},
+	},
+	{
+		id: "foreign-drop", name: "of IPVS",
+		facts: func() *Facts {
+			spec := specOf(balancer.Preserve, balancer.Target{Address: addr("10.0.1.11"), Port: 80})
+			spec.TargetGroups[0].HealthCheck.Port = 81
+			spec.Dataplane = balancer.IPVS
+			spec.Listeners = []balancer.Listener{{VIP: addr("198.51.100.10"), Port: 80, Protocol: balancer.TCP}}
+			f := healthyFacts(spec)
+			f.IPVS = true
+			base := func(hook string, rules ...Rule) Chain {
+				return Chain{Family: "inet", Table: "fw", Name: hook, Type: "filter", Hook: hook, Drops: true, Rules: rules}
+			}
+			established := Condition{Field: Field{Of: ctField(unix.NFT_CT_STATE), Len: 4}, Mask: native(stateEstablished), Op: NotEqual, Value: native(0)}
+			f.Chains = []Chain{
+				// Only replies pass here.
+				base("forward", Rule{Conditions: []Condition{established}, Action: Accept}),
+				base("input"), base("output"),
+			}
+			return f
+		},
+		want: []Finding{
+			{
+				Severity: Error, What: "inet fw input (input, priority 0): drop for tcp to 198.51.100.10:80",
+				Cure: []Command{strings.Fields("nft insert rule inet fw input ip daddr 198.51.100.10 tcp dport 80 accept")},
+			},
+			{
+				Severity: Error, What: "inet fw output (output, priority 0): drop for tcp to 10.0.1.11:80 and 1 more",
+				Cure: []Command{
+					strings.Fields("nft insert rule inet fw output ip daddr 10.0.1.11 tcp dport 80 accept"),
+					strings.Fields("nft insert rule inet fw output ip daddr 10.0.1.11 tcp dport 81 accept"),
+				},
+			},
+		},
 	},
 	{
 		id: "return-path",

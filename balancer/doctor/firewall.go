@@ -89,12 +89,24 @@ func toPort(a netip.Addr, protocol uint8, port uint16) (nft, iptables []string) 
 	return append(nft, name, "dport", number), append(iptables, "-p", name, "--dport", number)
 }
 
-// through is what of a flow to a target crosses the hook.
+// byIPVS says that IPVS sends packets on. It takes them from the input hook and
+// sends them through that of output, and conntrack does not call their flows
+// translated.
+func (f *Facts) byIPVS() bool { return f.Spec != nil && f.Spec.Dataplane == balancer.IPVS }
+
+// through is what of a flow to a target crosses the hook, or the one that IPVS
+// has instead of forward.
 func (f *Facts) through(t wantedTarget, protocol uint8, hook string) passage {
 	p := passage{hook: hook, first: lowest, last: highest, packet: Packet{
-		Dst: t.Address, DstPort: t.Port, Protocol: protocol, Translated: true, Out: f.wayTo(t.Address),
+		Dst: t.Address, DstPort: t.Port, Protocol: protocol, Translated: !f.byIPVS(), Out: f.wayTo(t.Address),
 	}}
 	p.match, p.matchIPTables = translated()
+	if f.byIPVS() {
+		p.match, p.matchIPTables = toPort(t.Address, protocol, t.Port)
+		if hook == "forward" {
+			p.hook = "output"
+		}
+	}
 	return p
 }
 
@@ -102,9 +114,12 @@ func (f *Facts) through(t wantedTarget, protocol uint8, hook string) passage {
 func (f *Facts) back(t wantedTarget, protocol uint8) passage {
 	p := passage{hook: "forward", first: lowest, last: highest, packet: Packet{
 		Src: t.Address, SrcPort: t.Port, Protocol: protocol, In: f.wayTo(t.Address),
-		Translated: true, Established: true, Reply: true,
+		Translated: !f.byIPVS(), Established: true, Reply: true,
 	}}
 	p.match, p.matchIPTables = translated()
+	if f.byIPVS() {
+		p.match, p.matchIPTables = fromAddr(t.Address)
+	}
 	return p
 }
 
@@ -140,10 +155,16 @@ func (f *Facts) filtered() []passage {
 		}
 		all = append(all, f.probe(t))
 	}
-	for _, l := range f.relayedListeners() {
-		p := passage{hook: "input", first: lowest, last: highest, packet: Packet{Dst: l.VIP, DstPort: l.Port, Protocol: balancer.ProtoTCP}}
-		p.match, p.matchIPTables = toPort(l.VIP, balancer.ProtoTCP, l.Port)
-		all = append(all, p)
+	ending := f.relayedListeners()
+	if f.byIPVS() {
+		ending = f.Spec.Listeners
+	}
+	for _, l := range ending {
+		for _, protocol := range l.Protocol.Numbers() {
+			p := passage{hook: "input", first: lowest, last: highest, packet: Packet{Dst: l.VIP, DstPort: l.Port, Protocol: protocol}}
+			p.match, p.matchIPTables = toPort(l.VIP, protocol, l.Port)
+			all = append(all, p)
+		}
 	}
 	return all
 }
