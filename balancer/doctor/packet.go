@@ -17,6 +17,9 @@ type Packet struct {
 	// Established packets belong to a flow that was answered, and Reply ones go
 	// the other way. Translated flows had their destination rewritten by us.
 	Established, Reply, Translated bool
+
+	// known has what read found: rulesets ask for few fields, many times.
+	known map[Field][]byte
 }
 
 // Bits of ct state and ct status, as nf_tables shows them (enum
@@ -43,8 +46,23 @@ const (
 	ofTransport = "transport"
 )
 
-// read returns the bytes of a field, and whether they are known.
+// read returns the bytes of a field, and whether they are known. A Packet that
+// was read must not be changed.
 func (p *Packet) read(f Field) ([]byte, bool) {
+	b, again := p.known[f]
+	if !again {
+		if p.known == nil {
+			p.known = map[Field][]byte{}
+		}
+		if found, ok := p.look(f); ok {
+			b = found
+		}
+		p.known[f] = b
+	}
+	return b, b != nil
+}
+
+func (p *Packet) look(f Field) ([]byte, bool) {
 	switch f.Of {
 	case ofNetwork:
 		if p.ipv6() {

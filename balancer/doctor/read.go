@@ -224,7 +224,7 @@ func (f *Facts) readReturns() error {
 
 func (f *Facts) route(to, from netip.Addr) (Route, error) {
 	answer := Route{To: to, From: from}
-	var options netlink.RouteGetOptions
+	options := netlink.RouteGetOptions{Oif: to.Zone()}
 	if from.IsValid() {
 		options.SrcAddr = from.AsSlice()
 	}

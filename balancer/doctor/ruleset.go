@@ -108,7 +108,7 @@ const (
 )
 
 // holds evaluates the condition for a packet.
-func (c Condition) holds(p *Packet) truth {
+func (c *Condition) holds(p *Packet) truth {
 	got, known := p.read(c.Field)
 	if !known || len(c.Mask) != 0 && len(c.Mask) != len(got) {
 		return maybe
@@ -145,7 +145,7 @@ func (c Condition) holds(p *Packet) truth {
 
 // holdsInSet does not know about elements of another length: their key has more
 // than one field.
-func (c Condition) holdsInSet(got []byte) truth {
+func (c *Condition) holdsInSet(got []byte) truth {
 	if !c.Listed {
 		return maybe
 	}
@@ -166,10 +166,12 @@ func truthOf(b bool) truth {
 	return no
 }
 
-func (r Rule) matches(p *Packet) truth {
+func (r *Rule) matches(p *Packet) truth {
 	all := yes
-	for _, c := range r.Conditions {
-		all = min(all, c.holds(p))
+	for i := range r.Conditions {
+		if all = min(all, r.Conditions[i].holds(p)); all == no {
+			break
+		}
 	}
 	return all
 }
@@ -232,7 +234,8 @@ type walker struct {
 
 // chain reports the action that ended the walk, or that none did.
 func (w *walker) chain(c *Chain, depth int) (Action, bool) {
-	for _, r := range c.Rules {
+	for i := range c.Rules {
+		r := &c.Rules[i]
 		if w.steps++; w.steps > maxSteps || depth == 0 {
 			w.doubtful = true
 			return "", false
@@ -257,7 +260,7 @@ func (w *walker) chain(c *Chain, depth int) (Action, bool) {
 
 // rule does what a rule says that is no jump. The walk has ended, or the chain
 // is left, or neither.
-func (w *walker) rule(r Rule, truth truth) (action Action, ended, left bool) {
+func (w *walker) rule(r *Rule, truth truth) (action Action, ended, left bool) {
 	switch r.Action {
 	case Continue:
 	case Unknown:
@@ -283,7 +286,7 @@ func (w *walker) rule(r Rule, truth truth) (action Action, ended, left bool) {
 }
 
 // jump walks another chain. If it only may be walked, so may be what ends it.
-func (w *walker) jump(from *Chain, r Rule, truth truth, depth int) (Action, bool) {
+func (w *walker) jump(from *Chain, r *Rule, truth truth, depth int) (Action, bool) {
 	to := w.rules[chainName{from.Family, from.Table, r.To}]
 	if to == nil {
 		w.doubtful = true // it came while the rules were read
