@@ -154,3 +154,8 @@ func (d *Destination) Dealt() int { return cmp.Or(d.Weight, d.Kept) }
 
 // AddrPort is where the destination listens.
 func (d Destination) AddrPort() netip.AddrPort { return netip.AddrPortFrom(d.Address, d.Port) }
+
+// SharesHost reports whether a client may be on the hosts of both destinations.
+func (d *Destination) SharesHost(other *Destination) bool {
+	return slices.ContainsFunc(d.Domain, func(p netip.Prefix) bool { return slices.ContainsFunc(other.Domain, p.Overlaps) })
+}

@@ -553,7 +553,7 @@ func poolRule(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, f *f
 func shareRule(t *balancer.Table, svc *balancer.VirtualService, f *family, shares string, total uint32) Rule {
 	return rule(func(b *ruleBuilder) {
 		b.family(f)
-		b.jhash(f, svc.Sticky, total, maglev.Seed(t.Key, "group"))
+		b.jhash(f, svc.Sticky, total, maglev.Seed(t.Key, maglev.SeedGroup))
 		b.toNetworkOrder()
 		b.vmap(shares, 0)
 	})
@@ -675,7 +675,7 @@ func (r *renderedPool) renderFamily(f *family, before *dealing) {
 	if p.ClientIP == balancer.Preserve && p.AvoidSelf {
 		second = "second" + f.name + "." + p.Name
 		others := maglev.Second(dealt.slots, func(a, b int) bool {
-			return !overlap(p.Destinations[mine[a]].Domain, p.Destinations[mine[b]].Domain)
+			return !p.Destinations[mine[a]].SharesHost(&p.Destinations[mine[b]])
 		})
 		for i, other := range others {
 			elsewhere[mine[dealt.slots[i]]] = other >= 0
@@ -813,10 +813,6 @@ func (r *renderedPool) slots(f *family, mine []int, word string, slots []int32, 
 		}
 	}
 	return s
-}
-
-func overlap(a, b []netip.Prefix) bool {
-	return slices.ContainsFunc(a, func(p netip.Prefix) bool { return slices.ContainsFunc(b, p.Overlaps) })
 }
 
 // renderTarget writes the chain of a chosen target: what happens to a client on
@@ -958,7 +954,7 @@ func sourceRules(rs *Ruleset, t *balancer.Table, n *numbers, f *family) []Rule {
 		b.family(f)
 		b.say("snat %s to", f.ip)
 		if len(pool) > 0 {
-			b.jhash(f, false, uint32(len(pool)), maglev.Seed(t.Key, "source"))
+			b.jhash(f, false, uint32(len(pool)), maglev.Seed(t.Key, maglev.SeedSource))
 		} else {
 			b.loadCT(unix.NFT_CT_MARK, 0)
 			b.bitwise(0, native32(TargetMask), native32(0))

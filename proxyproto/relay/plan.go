@@ -150,7 +150,7 @@ func compile(t *balancer.Table, old *plan, loops int) (*plan, error) {
 func (p *plan) addService(vs *balancer.VirtualService) error {
 	s := &service{
 		vip: netip.AddrPortFrom(vs.Address, vs.Port), idle: vs.IdleTimeout, sticky: vs.Sticky,
-		allow: vs.Allow, seed: maglev.Seed(p.key, "group"),
+		allow: vs.Allow, seed: maglev.Seed(p.key, maglev.SeedGroup),
 	}
 	if p.services[s.vip] != nil {
 		return fmt.Errorf("service %q: another one is at %s too", vs.Name, s.vip)
@@ -304,28 +304,8 @@ func (s *service) share(at int) *pool {
 	panic("relay: a group hash is beyond all shares")
 }
 
-// hash is nft's jhash of saddr . daddr . sport . dport . l4proto, or of saddr
-// alone. Each field begins a register of 4 bytes and is padded with zeros.
 func (s *service) hash(client netip.AddrPort, sticky bool, seed uint32) uint32 {
-	const register = 4
-	var buf [2*16 + 3*register]byte
-	key := appendAddr(buf[:0], client.Addr())
-	if !sticky {
-		key = appendAddr(key, s.vip.Addr())
-		key = append(key, byte(client.Port()>>8), byte(client.Port()), 0, 0)
-		key = append(key, byte(s.vip.Port()>>8), byte(s.vip.Port()), 0, 0)
-		key = append(key, balancer.ProtoTCP, 0, 0, 0)
-	}
-	return maglev.JHash(key, seed)
-}
-
-func appendAddr(b []byte, a netip.Addr) []byte {
-	if a.Is4() {
-		four := a.As4()
-		return append(b, four[:]...)
-	}
-	sixteen := a.As16()
-	return append(b, sixteen[:]...)
+	return maglev.Flow{Source: client, Destination: s.vip, Protocol: balancer.ProtoTCP}.Hash(sticky, seed)
 }
 
 // family returns the destinations for clients of a VIP: its own family's, or
@@ -345,24 +325,21 @@ func (f *family) next(hash uint32, tried []*target) *destination {
 	if f.usable <= len(tried) && !f.any(tried) || f.usable == 0 {
 		return nil
 	}
-	takes := func(d *destination) bool { return d.relayed && d.weight > 0 && !slices.Contains(tried, d.target) }
-	at := maglev.Slot(hash, len(f.slots))
-	if f.destinations[f.slots[at]].weight == 0 {
+	takes := func(i int32) bool {
+		d := &f.destinations[i]
+		return d.relayed && d.weight > 0 && !slices.Contains(tried, d.target)
+	}
+	if own := f.slots[maglev.Slot(hash, len(f.slots))]; f.destinations[own].weight == 0 {
 		first := slices.IndexFunc(f.destinations, func(d destination) bool { return d.weight > 0 })
-		if d := &f.destinations[first]; takes(d) {
-			return d
+		if takes(int32(first)) {
+			return &f.destinations[first]
 		}
 	}
-	for range f.slots {
-		d := &f.destinations[f.slots[at]]
-		if takes(d) {
-			return d
-		}
-		if at++; at == len(f.slots) {
-			at = 0
-		}
+	at := maglev.From(f.slots, hash, takes)
+	if at < 0 {
+		return nil
 	}
-	return nil
+	return &f.destinations[at]
 }
 
 // any reports whether a destination that takes new connections was not tried.

@@ -1,0 +1,99 @@
+package explain
+
+import (
+	"net/netip"
+	"slices"
+
+	"nlb/balancer"
+)
+
+// tell puts an outcome into words.
+func (e *Explainer) tell(q Question, o outcome) Outcome {
+	out := Outcome{Verdict: o.verdict, Reason: o.reason, Hairpin: o.hairpin, Rewrites: []Rewrite{}}
+	if o.service != nil {
+		out.Listener = o.service.Name
+	}
+	if o.pool != nil {
+		out.TargetGroup, out.ClientIP = o.pool.Name, o.pool.ClientIP.String()
+	}
+	if o.to != nil {
+		out.Target, out.ClientIP = endpoint(o.to), o.pool.ClientIPOf(o.to).String()
+	}
+	if o.kept != nil {
+		out.Avoided = endpoint(o.kept)
+	}
+	if o.hairpin {
+		out.HairpinKind = e.hairpinKind(q.Client.Addr(), o.fate)
+	}
+	switch {
+	case o.verdict != Forward:
+		return out
+	case e.sourced(q, o.fate) && len(o.sources) == 0 && !o.relayed:
+		out.Verdict, out.Reason = Drop, ReasonNoSource
+		return out
+	case !e.sourced(q, o.fate):
+		out.TargetSees = q.Client.Addr().String()
+	case len(o.sources) == 1:
+		out.TargetSees = o.sources[0].String()
+	default:
+		for _, a := range o.sources {
+			out.TargetSeesOneOf = append(out.TargetSeesOneOf, a.String())
+		}
+	}
+	out.Rewrites = e.rewrites(q, o)
+	if o.relayed {
+		out.HeaderClient = endText(q.Client)
+	}
+	return out
+}
+
+func endpoint(d *balancer.Destination) *Endpoint { return &Endpoint{d.Address, d.Port} }
+
+// rewrites are what the addresses go through. SNAT keeps the client's port where it
+// is free at the new address; the relay's is the kernel's choice.
+func (e *Explainer) rewrites(q Question, o outcome) []Rewrite {
+	source := netip.AddrPort{}
+	if len(o.sources) == 1 {
+		source = netip.AddrPortFrom(o.sources[0], 0)
+	}
+	first := Rewrite{
+		By: ByDNAT, SourceBefore: q.Client, DestinationBefore: q.Destination,
+		SourceAfter: q.Client, DestinationAfter: o.to.AddrPort(),
+	}
+	if o.relayed {
+		first.By, first.SourceAfter = ByRelay, source
+		return []Rewrite{first}
+	}
+	if !e.sourced(q, o.fate) {
+		return []Rewrite{first}
+	}
+	if source.IsValid() {
+		source = netip.AddrPortFrom(source.Addr(), q.Client.Port())
+	}
+	return []Rewrite{first, {
+		By: BySNAT, SourceBefore: first.SourceAfter, DestinationBefore: first.DestinationAfter,
+		SourceAfter: source, DestinationAfter: first.DestinationAfter,
+	}}
+}
+
+// Drops reports whether a chain of somebody else certainly drops the flow, and makes
+// that the answer.
+func (a *Answer) Drops(found []Foreign) bool {
+	a.Foreign = found
+	i := slices.IndexFunc(found, func(f Foreign) bool { return f.Certain && f.Ends() })
+	if i < 0 || a.Verdict != Forward {
+		return false
+	}
+	a.Verdict, a.Reason, a.Rewrites = Drop, "foreign chain: "+found[i].Where, []Rewrite{}
+	a.TargetSees, a.TargetSeesOneOf, a.HeaderClient, a.DependsOn, a.Possible = "", nil, "", "", nil
+	return true
+}
+
+// Ends reports whether the rule lets the flow go no further.
+func (f Foreign) Ends() bool { return f.Does == DoesDrop || f.Does == DoesReject }
+
+// What a rule does to a flow.
+const (
+	DoesDrop   = "drop"
+	DoesReject = "reject"
+)
