@@ -28,8 +28,8 @@ type crossing struct {
 	to          net.HardwareAddr // of in0
 }
 
-// Gateways that never answer: their link addresses are written down.
 var (
+	// The host's own addresses. The gateways are the next ones.
 	crossingIn  = [2]netip.Prefix{netip.MustParsePrefix("192.0.2.1/30"), netip.MustParsePrefix("2001:db8:ffff:1::1/64")}
 	crossingOut = [2]netip.Prefix{netip.MustParsePrefix("192.0.2.5/30"), netip.MustParsePrefix("2001:db8:ffff:2::1/64")}
 	// What is behind the far wire; all else is behind the near one.
@@ -62,6 +62,10 @@ func setSysctl(t *testing.T, name, value string) {
 	t.Cleanup(func() { _ = os.WriteFile(path, was, 0) })
 }
 
+// elsewhere is the link address of all gateways. It is not that of the far end of
+// the wire: this host would take from there, and route again, what has left it.
+var elsewhere = net.HardwareAddr{2, 0, 0, 0, 0, 1}
+
 // wire makes a pair of links, of which the near end is this host's.
 func (c *crossing) wire(near, far string, own [2]netip.Prefix, to [2]string) (a, b netlink.Link) {
 	c.t.Helper()
@@ -77,7 +81,6 @@ func (c *crossing) wire(near, far string, own [2]netip.Prefix, to [2]string) (a,
 	c.t.Cleanup(func() { must(netlink.LinkDel(a)) })
 	b, err = netlink.LinkByName(far)
 	must(err)
-	// The far end is no host: nobody there answers, or takes part in IPv6.
 	must(os.WriteFile("/proc/sys/net/ipv6/conf/"+far+"/disable_ipv6", []byte("1"), 0))
 	must(os.WriteFile("/proc/sys/net/ipv4/conf/"+near+"/rp_filter", []byte("0"), 0))
 	must(netlink.LinkSetUp(b))
@@ -85,7 +88,7 @@ func (c *crossing) wire(near, far string, own [2]netip.Prefix, to [2]string) (a,
 	for i, p := range own {
 		must(netlink.AddrAdd(a, &netlink.Addr{Flags: unix.IFA_F_NODAD, IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}))
 		gateway := net.IP(p.Addr().Next().AsSlice())
-		must(netlink.NeighAdd(&netlink.Neigh{LinkIndex: a.Attrs().Index, IP: gateway, HardwareAddr: b.Attrs().HardwareAddr, State: netlink.NUD_PERMANENT}))
+		must(netlink.NeighAdd(&netlink.Neigh{LinkIndex: a.Attrs().Index, IP: gateway, HardwareAddr: elsewhere, State: netlink.NUD_PERMANENT}))
 		_, dst, err := net.ParseCIDR(to[i])
 		must(err)
 		must(netlink.RouteAdd(&netlink.Route{LinkIndex: a.Attrs().Index, Dst: dst, Gw: gateway}))
