@@ -40,6 +40,18 @@ func (t *Tracker) Flows(ctx context.Context, filter Filter) ([]Flow, error) {
 	return slices.Concat(pages...), nil
 }
 
+// Each shows all flows of ours as they are read, in no order, until show fails: a
+// million flows take no memory. Now and then the kernel shows one twice, and a flow
+// that begins or ends meanwhile may be shown or not.
+func (t *Tracker) Each(ctx context.Context, show func(Flow) error) error {
+	return dumpOnce(ctx, markFilter{}, func(r *record) error {
+		if r.mark&t.mask == 0 || Status(r.status).dying() {
+			return nil
+		}
+		return show(r.flow())
+	})
+}
+
 // flowsPage is how many flows are gathered at a time: some 50 KiB.
 const flowsPage = 256
 

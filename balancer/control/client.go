@@ -63,40 +63,54 @@ func (c *Client) Undrain(ctx context.Context, t TargetName) error {
 
 // ask sends question, unless it is nil, and reads the answer.
 func (c *Client) ask(ctx context.Context, method, path string, question, into any) error {
-	if err := checkPath(c.socket); err != nil {
+	resp, err := c.send(ctx, method, path, question)
+	if err != nil {
 		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err == nil {
+		err = json.Unmarshal(body, into)
+	}
+	if err != nil {
+		return fmt.Errorf("answer of the daemon on %s: %w", c.socket, err)
+	}
+	return nil
+}
+
+// send sends question, unless it is nil. The answer's body is the caller's to close;
+// one that says what is wrong is that error.
+func (c *Client) send(ctx context.Context, method, path string, question any) (*http.Response, error) {
+	if err := checkPath(c.socket); err != nil {
+		return nil, err
 	}
 	var content bytes.Buffer
 	if question != nil {
 		if err := json.NewEncoder(&content).Encode(question); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://nlb"+path, &content)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	resp, err := c.http.Do(req)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("%w on %s: start it with nlb serve, or name its socket with --socket", ErrNotRunning, c.socket)
+		return nil, fmt.Errorf("%w on %s: start it with nlb serve, or name its socket with --socket", ErrNotRunning, c.socket)
 	case err != nil:
-		return fmt.Errorf("ask the daemon on %s: %w", c.socket, errors.Unwrap(err)) // without the made-up URL
+		return nil, fmt.Errorf("ask the daemon on %s: %w", c.socket, errors.Unwrap(err)) // without the made-up URL
+	case resp.StatusCode == http.StatusOK:
+		return resp, nil
 	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return fmt.Errorf("answer of the daemon on %s: %w", c.socket, err)
+		return nil, fmt.Errorf("answer of the daemon on %s: %w", c.socket, err)
 	}
-	if resp.StatusCode != http.StatusOK {
-		var f failure
-		if json.Unmarshal(body, &f) != nil || f.Error == "" {
-			f.Error = resp.Status
-		}
-		return errors.New(f.Error)
+	var f failure
+	if json.Unmarshal(body, &f) != nil || f.Error == "" {
+		f.Error = resp.Status
 	}
-	if err := json.Unmarshal(body, into); err != nil {
-		return fmt.Errorf("answer of the daemon on %s: %w", c.socket, err)
-	}
-	return nil
+	return nil, errors.New(f.Error)
 }

@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap/zaptest"
 
 	"nlb/balancer"
+	"nlb/balancer/explain"
 )
 
 // As this user the test binary asks a socket instead of running tests; see
@@ -46,6 +47,7 @@ func ask(socket string) int {
 type fakeDaemon struct {
 	status  *Status
 	refuse  error
+	flows   []Flow
 	reloads atomic.Int32
 	changes []string // read when the requests are over
 }
@@ -55,6 +57,23 @@ func (d *fakeDaemon) Status(context.Context) (*Status, error) {
 		return nil, errors.New("no pass was made yet")
 	}
 	return d.status, nil
+}
+
+func (d *fakeDaemon) Explain(_ context.Context, q explain.Question) (*explain.Answer, error) {
+	d.changes = append(d.changes, fmt.Sprintf("explain %d %v %v", q.Protocol, q.Client, q.Destination))
+	if d.refuse != nil {
+		return nil, d.refuse
+	}
+	return &explain.Answer{Outcome: explain.Outcome{Verdict: explain.Drop, Reason: explain.ReasonHairpin}}, nil
+}
+
+func (d *fakeDaemon) Flows(_ context.Context, show func(*Flow) error) error {
+	for i := range d.flows {
+		if err := show(&d.flows[i]); err != nil {
+			return err
+		}
+	}
+	return d.refuse
 }
 
 func (d *fakeDaemon) Drain(_ context.Context, t TargetName) error   { return d.asked("drain", t) }

@@ -2,6 +2,8 @@
 // socket.
 //
 //	GET  /v1/status   what the daemon does; whoever may connect may ask
+//	GET  /v1/explain  what would become of a flow; whoever may connect may ask
+//	GET  /v1/flows    live flows, one JSON object a line; likewise
 //	POST /v1/reload   read the file again; root and the daemon's own user only
 //
 // Who may connect is the socket's mode, 0660. Who may change something is
@@ -16,6 +18,8 @@ const DefaultSocket = "/run/nlb/nlb.sock"
 
 const (
 	statusPath  = "/v1/status"
+	explainPath = "/v1/explain"
+	flowsPath   = "/v1/flows"
 	reloadPath  = "/v1/reload"
 	drainPath   = "/v1/drain"
 	undrainPath = "/v1/undrain"

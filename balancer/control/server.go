@@ -13,12 +13,19 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+
+	"nlb/balancer/explain"
 )
 
 // A Daemon is what the socket is the door of. Its methods are called by many
 // goroutines at once.
 type Daemon interface {
 	Status(ctx context.Context) (*Status, error)
+	// Explain answers a question by the configuration in force.
+	Explain(ctx context.Context, q explain.Question) (*explain.Answer, error)
+	// Flows shows all live flows, in no order, until show fails. The Flow is only
+	// there for that long.
+	Flows(ctx context.Context, show func(*Flow) error) error
 	// Reload returns when the new configuration is in force, or the reason why
 	// the former one still is.
 	Reload(ctx context.Context) error
@@ -77,6 +84,8 @@ func handler(d Daemon) http.Handler {
 		}
 		answer(w, http.StatusOK, status)
 	})
+	mux.HandleFunc("GET "+explainPath, onQuestion(d))
+	mux.HandleFunc("GET "+flowsPath, onFlows(d))
 	mux.Handle("POST "+reloadPath, changing(func(w http.ResponseWriter, r *http.Request) {
 		report(w, d.Reload(r.Context()))
 	}))

@@ -1,6 +1,7 @@
 package explain
 
 import (
+	"fmt"
 	"net/netip"
 
 	"nlb/balancer"
@@ -58,6 +59,8 @@ type Answer struct {
 	Possible  []Possible `json:"possible,omitempty"`
 	// Foreign lists what chains of others do to the flow, or may do.
 	Foreign []Foreign `json:"foreign,omitempty"`
+	// Notes say what the answer does not take into account.
+	Notes []string `json:"notes,omitempty"`
 }
 
 // A Possible is one of several Outcomes.
@@ -135,4 +138,15 @@ func protocolName(proto uint8) string {
 		return balancer.UDP.String()
 	}
 	return ""
+}
+
+// Check says what is wrong with the question, if anything is.
+func (q Question) Check() error {
+	switch {
+	case q.Client.Addr().BitLen() != q.Destination.Addr().BitLen():
+		return fmt.Errorf("%s and %s are not of one address family", q.Client.Addr(), q.Destination.Addr())
+	case q.Destination.Port() == 0:
+		return fmt.Errorf("%s has no port", q.Destination.Addr())
+	}
+	return nil
 }

@@ -34,7 +34,7 @@ var _ control.Daemon = (*daemon)(nil)
 func (d *daemon) Status(ctx context.Context) (*control.Status, error) {
 	snapshot := d.reconciler.Snapshot()
 	if snapshot == nil {
-		return nil, errors.New("the daemon stops before its first pass")
+		return nil, errNoPass
 	}
 	counted, err := d.kernel.tally.counts(ctx)
 	status := control.NewStatus(snapshot, counted, err)

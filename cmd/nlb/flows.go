@@ -172,8 +172,8 @@ func (t flowTable) flow(f conntrack.Flow) balancer.Flow {
 		to, _ = t.dataplane.TargetOf(mark)
 	}
 	by := balancer.NFTables
-	if ours && !f.Status.DNATed() && f.Reply.Src != f.Original.Dst {
-		by = balancer.IPVS
+	if ours {
+		by = dataplaneOf(&f)
 	}
 	return balancer.Flow{
 		Protocol: uint8(f.Protocol),

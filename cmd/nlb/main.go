@@ -87,7 +87,7 @@ doctor: 1 if a finding is an error.`,
 		},
 	}
 	root.AddCommand(
-		newServe(), newValidate(), newPlan(), newReload(), newStatus(), newDrain(), newUndrain(),
+		newServe(), newValidate(), newPlan(), newReload(), newStatus(), newDrain(), newUndrain(), newFlows(), newExplain(),
 		newVerify(), newDoctor(), newRelay(), newSchema(), newClear(), newVersion(),
 	)
 	return root
