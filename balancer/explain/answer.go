@@ -125,6 +125,8 @@ type Foreign struct {
 	Where string `json:"where"`
 	// Does is what it does: drop, reject, or the kind of a change.
 	Does string `json:"does"`
+	// Ends says that the flow goes no further.
+	Ends bool `json:"ends"`
 	// Certain says that it does; else it may, as not all that it matches is known.
 	Certain bool `json:"certain"`
 }

@@ -76,24 +76,14 @@ func (e *Explainer) rewrites(q Question, o outcome) []Rewrite {
 	}}
 }
 
-// Drops reports whether a chain of somebody else certainly drops the flow, and makes
+// Meets says what chains of others do to the flow. One that certainly drops it makes
 // that the answer.
-func (a *Answer) Drops(found []Foreign) bool {
+func (a *Answer) Meets(found []Foreign) {
 	a.Foreign = found
-	i := slices.IndexFunc(found, func(f Foreign) bool { return f.Certain && f.Ends() })
+	i := slices.IndexFunc(found, func(f Foreign) bool { return f.Certain && f.Ends })
 	if i < 0 || a.Verdict != Forward {
-		return false
+		return
 	}
 	a.Verdict, a.Reason, a.Rewrites = Drop, "foreign chain: "+found[i].Where, []Rewrite{}
 	a.TargetSees, a.TargetSeesOneOf, a.HeaderClient, a.DependsOn, a.Possible = "", nil, "", "", nil
-	return true
 }
-
-// Ends reports whether the rule lets the flow go no further.
-func (f Foreign) Ends() bool { return f.Does == DoesDrop || f.Does == DoesReject }
-
-// What a rule does to a flow.
-const (
-	DoesDrop   = "drop"
-	DoesReject = "reject"
-)

@@ -390,10 +390,20 @@ var errInterrupted = errors.New("the ruleset changed during the dump")
 // interrupt it too, and some dumps count across all tables, so that parts are
 // missing or double then: f gets the answers of a whole dump only.
 func (s *socket) list(typ uint16, fill func(*attrs), begin func(), f func(message)) error {
+	return s.listOf(unix.NFPROTO_INET, typ, fill, begin, f)
+}
+
+// listAll is list of the tables of all families.
+func (s *socket) listAll(typ uint16, fill func(*attrs), begin func(), f func(message)) error {
+	return s.listOf(unix.NFPROTO_UNSPEC, typ, fill, begin, f)
+}
+
+// listOf is list of the tables of one family.
+func (s *socket) listOf(family uint8, typ uint16, fill func(*attrs), begin func(), f func(message)) error {
 	const attempts = 100
 	for range attempts {
 		begin()
-		if err := s.request(typ, true, fill, f); !errors.Is(err, errInterrupted) {
+		if err := s.requestOf(family, typ, true, fill, f); !errors.Is(err, errInterrupted) {
 			return err
 		}
 	}
@@ -403,13 +413,18 @@ func (s *socket) list(typ uint16, fill func(*attrs), begin func(), f func(messag
 // request sends one message and calls f for each answer. With dump the answers
 // end with NLMSG_DONE, else there is one, or an error.
 func (s *socket) request(typ uint16, dump bool, fill func(*attrs), f func(message)) error {
+	return s.requestOf(unix.NFPROTO_INET, typ, dump, fill, f)
+}
+
+// requestOf is request about tables of a family.
+func (s *socket) requestOf(family uint8, typ uint16, dump bool, fill func(*attrs), f func(message)) error {
 	s.seq++
 	flags := uint16(unix.NLM_F_ACK)
 	if dump {
 		flags = unix.NLM_F_DUMP
 	}
 	b := &batch{}
-	b.begin(nftSubsys|typ, flags, unix.NFPROTO_INET, 0, s.seq)
+	b.begin(nftSubsys|typ, flags, family, 0, s.seq)
 	b.record(fill)
 	b.end()
 	if err := s.send(b.buf); err != nil {

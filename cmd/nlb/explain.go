@@ -152,7 +152,7 @@ func explainFile(ctx context.Context, flags *pflag.FlagSet, socket string, q exp
 	if err != nil {
 		return nil, err
 	}
-	a, err := answerFor(cfg.Spec, balancer.Forward(cfg.Spec, seen).Table, q)
+	a, err := answerFor(ctx, cfg.Spec, balancer.Forward(cfg.Spec, seen).Table, q)
 	if err != nil {
 		return nil, err
 	}
@@ -161,18 +161,26 @@ func explainFile(ctx context.Context, flags *pflag.FlagSet, socket string, q exp
 }
 
 // answerFor is what becomes of the flow by a Table and by the chains of others.
-func answerFor(spec *balancer.Spec, table *balancer.Table, q explain.Question) (*explain.Answer, error) {
+func answerFor(ctx context.Context, spec *balancer.Spec, table *balancer.Table, q explain.Question) (*explain.Answer, error) {
 	a := explain.New(spec, table).Explain(q)
+	if a.Verdict != explain.Forward {
+		return &a, nil
+	}
+	found, err := meetForeign(ctx, q, &a)
+	if err != nil {
+		return nil, err
+	}
+	a.Meets(found)
 	return &a, nil
 }
 
 // Explain implements control.Daemon.
-func (d *daemon) Explain(_ context.Context, q explain.Question) (*explain.Answer, error) {
+func (d *daemon) Explain(ctx context.Context, q explain.Question) (*explain.Answer, error) {
 	s := d.reconciler.Snapshot()
 	if s == nil {
 		return nil, errNoPass
 	}
-	a, err := answerFor(s.Spec, s.Desired.Table, q)
+	a, err := answerFor(ctx, s.Spec, s.Desired.Table, q)
 	if err == nil && !s.Held {
 		a.Notes = append(a.Notes, "the kernel does not hold the configuration now (nlb status): this is what it should do")
 	}

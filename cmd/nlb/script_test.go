@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"testing"
@@ -13,11 +14,11 @@ import (
 	"nlb/internal/nstest"
 )
 
-// The scripts run in a network namespace of their own, with nlb and listen as
-// commands.
+// The scripts run in a network namespace of their own, with nlb, listen and
+// call as commands.
 func TestMain(m *testing.M) {
 	lab.MaybeRunAgent()
-	testscript.Main(isolated{m}, map[string]func(){"nlb": main, "listen": listen})
+	testscript.Main(isolated{m}, map[string]func(){"nlb": main, "listen": listen, "call": call})
 }
 
 type isolated struct{ *testing.M }
@@ -39,6 +40,22 @@ func listen() {
 		}
 		fmt.Fprintln(c, "hello from", os.Args[1])
 		_ = c.Close()
+	}
+}
+
+// call connects from an address and port to another, and prints what it is told.
+func call() {
+	from, err := net.ResolveTCPAddr("tcp", os.Args[1])
+	if err == nil {
+		dialer := net.Dialer{LocalAddr: from, Timeout: 10 * time.Second}
+		var c net.Conn
+		if c, err = dialer.Dial("tcp", os.Args[2]); err == nil {
+			_, err = io.Copy(os.Stdout, c)
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
 }
 

@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"nlb/balancer/explain"
+	"nlb/balancer/host"
+	"nlb/balancer/nft"
+)
+
+// meetForeign takes a flow's first packet through the chains of others, along the way
+// that the answer says. Of several ways it takes the likeliest, and is not sure of
+// anything beyond the choice.
+func meetForeign(ctx context.Context, q explain.Question, a *explain.Answer) ([]explain.Foreign, error) {
+	chains, err := nft.ReadForeign()
+	if err != nil {
+		return nil, err
+	}
+	routes, err := host.NewRouter().Routes(ctx, []netip.Addr{a.Target.Address}, func(netip.Addr) bool { return false })
+	if err != nil {
+		return nil, err
+	}
+	local, err := hasAddress(q.Client.Addr())
+	if err != nil {
+		return nil, err
+	}
+	to := routes[a.Target.Address]
+	w := foreignWay{chains: chains, sure: true}
+	first := nft.Packet{Protocol: q.Protocol, Source: q.Client, Destination: q.Destination, Hook: unix.NF_INET_PRE_ROUTING}
+	if local {
+		first.Hook = unix.NF_INET_LOCAL_OUT
+	}
+	w.meet(first, nft.BeforeDNAT, true)
+	w.sure = a.DependsOn == ""
+	if a.Rewrites[0].By == explain.ByRelay {
+		w.relay(first, a, to.Interface)
+	} else {
+		w.forward(first, a, to.Interface, to.Local)
+	}
+	return w.found, nil
+}
+
+// hasAddress reports whether an address is this host's.
+func hasAddress(a netip.Addr) (bool, error) {
+	own, err := net.InterfaceAddrs()
+	return slices.ContainsFunc(own, func(n net.Addr) bool {
+		p, err := netip.ParsePrefix(n.String())
+		return err == nil && p.Addr().WithZone("") == a
+	}), err
+}
+
+// A foreignWay is the way of a packet, hook by hook, up to where it ends.
+type foreignWay struct {
+	chains *nft.Foreign
+	found  []explain.Foreign
+	sure   bool // of the way
+	ended  bool
+}
+
+func (w *foreignWay) meet(p nft.Packet, span nft.Span, nat bool) {
+	if w.ended {
+		return
+	}
+	for _, f := range w.chains.Walk(p, span, nat) {
+		certain := f.Certain && w.sure
+		w.found = append(w.found, explain.Foreign{Where: f.Where, Does: f.Does, Ends: f.Ends(), Certain: certain})
+		w.ended = w.ended || certain && f.Ends()
+	}
+}
+
+// forward is the way of a packet that gets another destination. Chains of type nat are
+// not asked once we have translated.
+func (w *foreignWay) forward(p nft.Packet, a *explain.Answer, out string, toHost bool) {
+	p.Destination = a.Target.AddrPort()
+	w.meet(p, nft.AfterDNAT, false)
+	local := p.Hook == unix.NF_INET_LOCAL_OUT
+	p.Out = out
+	if !toHost && !local {
+		p.Hook = unix.NF_INET_FORWARD
+		w.meet(p, nft.AllOfHook, false)
+	}
+	if !toHost || local {
+		p.Hook = unix.NF_INET_POST_ROUTING
+		w.meet(p, nft.BeforeSNAT, true)
+		last := a.Rewrites[len(a.Rewrites)-1]
+		ours := last.By == explain.BySNAT
+		if ours && last.SourceAfter.IsValid() {
+			p.Source = netip.AddrPortFrom(last.SourceAfter.Addr(), 0)
+		}
+		w.meet(p, nft.AfterSNAT, !ours)
+	}
+	if toHost {
+		p.Hook, p.Out = unix.NF_INET_LOCAL_IN, ""
+		w.meet(p, nft.AllOfHook, false)
+	}
+}
+
+// relay is the way of two: the client's connection to here, and the relay's to the
+// target.
+func (w *foreignWay) relay(p nft.Packet, a *explain.Answer, out string) {
+	w.meet(p, nft.AfterDNAT, false)
+	p.Hook = unix.NF_INET_LOCAL_IN
+	w.meet(p, nft.AllOfHook, false)
+	source := a.Rewrites[0].SourceAfter
+	if !source.IsValid() {
+		return // one of several, or the kernel's choice
+	}
+	p.Source, p.Destination, p.Out, p.Hook = source, a.Target.AddrPort(), out, unix.NF_INET_LOCAL_OUT
+	w.meet(p, nft.AllOfHook, true)
+	p.Hook = unix.NF_INET_POST_ROUTING
+	w.meet(p, nft.AllOfHook, true)
+}
