@@ -227,7 +227,7 @@ func (d *daemon) launch() {
 // subcommand has one, and without the caller's own settings.
 func (d *daemon) command(args ...string) *exec.Cmd {
 	switch args[0] {
-	case "serve", "reload", "status", "plan", "clear":
+	case "serve", "reload", "status", "plan", "clear", "explain", "flows":
 		args = append(args, "--socket", d.socket)
 	}
 	binary := program
