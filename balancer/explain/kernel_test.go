@@ -107,7 +107,7 @@ func randomSite(rng *rand.Rand) *site {
 		s.spec.VIPs = append(s.spec.VIPs, balancer.VIP{Address: v})
 	}
 	for _, a := range []string{"10.9.0.1", "10.9.0.2", "10.9.0.3", "2001:db8:1:9::1", "2001:db8:1:9::2"} {
-		if pick(45) {
+		if pick(30) {
 			s.spec.SourceAddresses = append(s.spec.SourceAddresses, addr(a))
 		}
 	}
@@ -133,7 +133,7 @@ func (s *site) addGroup(rng *rand.Rand, name string) {
 	if g.ClientIP == balancer.ProxyProtocolV2 {
 		g.Protocol = balancer.TCP
 	}
-	g.AvoidSelf = g.ClientIP == balancer.Preserve && pick(60)
+	g.AvoidSelf = g.ClientIP == balancer.Preserve && pick(70)
 	g.HairpinSubnet = g.ClientIP == balancer.HairpinSNAT && pick(50)
 	if pick(40) {
 		g.Stickiness = balancer.StickySourceIP
@@ -168,7 +168,7 @@ func (s *site) see(rng *rand.Rand, g *balancer.TargetGroup, t balancer.Target) {
 	subnet := netip.PrefixFrom(t.Address, map[bool]int{true: 24, false: 64}[t.Address.Is4()]).Masked()
 	s.clients = append(s.clients, own, subnet)
 	route := balancer.Route{Interface: "out0", Subnet: subnet}
-	if rng.IntN(10) > 0 {
+	if rng.IntN(3) > 0 {
 		route.Source = crossingOut[map[bool]int{true: 0, false: 1}[t.Address.Is4()]].Addr()
 	}
 	s.seen.Routes[t.Address] = route
@@ -220,7 +220,7 @@ func (s *site) question(rng *rand.Rand) explain.Question {
 		}
 	}
 	b := from[rng.IntN(len(from))]
-	if rng.IntN(2) == 0 {
+	if rng.IntN(3) == 0 {
 		b = from[0] // somebody outside
 	}
 	q.Client = netip.AddrPortFrom(within8(b, byte(1+rng.IntN(254))), uint16(20000+rng.IntN(40000)))
