@@ -218,7 +218,7 @@ func newFlowPrinter(w io.Writer, out output) *flowPrinter {
 	return &flowPrinter{w: bufio.NewWriter(w), out: out}
 }
 
-const flowColumns = "%-8s  %-21s  %-20s  %-12s  %-17s  %-17s  %-7s  %-21s  %-11s  %-10s  %s\n"
+const flowColumns = "%-8s  %-21s  %-20s  %-12s  %-17s  %-17s  %-7s  %-21s  %-11s  %-12s  %s\n"
 
 func (p *flowPrinter) print(f *control.Flow) error {
 	first := p.count == 0

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"testing"
 	"time"
 
@@ -60,7 +61,7 @@ func call() {
 }
 
 func TestScripts(t *testing.T) {
-	testscript.Run(t, testscript.Params{
+	testscript.RunT(oneByOne{t}, testscript.Params{
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
@@ -71,7 +72,33 @@ func TestScripts(t *testing.T) {
 			}
 			return missingFlowtables(t) == nil, nil
 		},
+		Setup: func(env *testscript.Env) error {
+			env.Defer(func() { emptyNamespace(t) })
+			return nil
+		},
 	})
+}
+
+// oneByOne runs scripts one after the other: they share a namespace, of which each
+// has all to itself.
+type oneByOne struct{ *testing.T }
+
+// Parallel does nothing.
+func (oneByOne) Parallel() {}
+
+// Run and Verbose make oneByOne a testscript.T.
+func (o oneByOne) Run(name string, f func(testscript.T)) {
+	o.T.Run(name, func(t *testing.T) { f(oneByOne{t}) })
+}
+func (oneByOne) Verbose() bool { return testing.Verbose() }
+
+// emptyNamespace removes what a script that failed may have left.
+func emptyNamespace(t *testing.T) {
+	for _, argv := range [][]string{{"ip", "address", "flush", "dev", "lo", "scope", "global"}, {"nft", "flush", "ruleset"}} {
+		if out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput(); err != nil {
+			t.Errorf("%v: %v: %s", argv, err, out)
+		}
+	}
 }
 
 // await repeats a command until it succeeds, ! await until it fails.
