@@ -31,6 +31,8 @@ type Explainer struct {
 	base  int
 
 	groupSeed, targetSeed, sourceSeed uint32
+	// untracked are services that no rule of NAT sees.
+	untracked map[*balancer.VirtualService]bool
 }
 
 // New returns an Explainer of a Table, which must not change meanwhile. The Spec that
@@ -41,6 +43,12 @@ func New(spec *balancer.Spec, t *balancer.Table) *Explainer {
 		groupSeed:  maglev.Seed(t.Key, maglev.SeedGroup),
 		targetSeed: maglev.Seed(t.Key, maglev.SeedTarget),
 		sourceSeed: maglev.Seed(t.Key, maglev.SeedSource),
+	}
+	if t.UntrackedRelay {
+		e.untracked = make(map[*balancer.VirtualService]bool)
+		for _, s := range t.RelayedOnly().Services {
+			e.untracked[s] = true
+		}
 	}
 	for i := range t.Pools {
 		e.pools[t.Pools[i].Name] = &pool{Pool: &t.Pools[i], slots: make(map[int]*slots)}
@@ -180,7 +188,7 @@ func (f fate) name() string {
 
 // choose is the way of a flow that a listener takes.
 func (e *Explainer) choose(q Question, s *balancer.VirtualService) fate {
-	flow := maglev.Flow{Source: q.Client, Destination: q.Destination, Protocol: q.Protocol}
+	flow := flowOf(q)
 	p := e.group(flow, s)
 	if p == nil {
 		return fate{verdict: Drop, reason: ReasonNoTarget, service: s}
@@ -220,6 +228,10 @@ func (e *Explainer) choose(q Question, s *balancer.VirtualService) fate {
 	return f.sent(q)
 }
 
+func flowOf(q Question) maglev.Flow {
+	return maglev.Flow{Source: q.Client, Destination: q.Destination, Protocol: q.Protocol}
+}
+
 // group is the pool that the flow's hash leads to; nil if none has a weight.
 func (e *Explainer) group(flow maglev.Flow, s *balancer.VirtualService) *pool {
 	total := 0
@@ -247,6 +259,10 @@ func (e *Explainer) relay(f fate, flow maglev.Flow, p *pool) fate {
 	if flow.Protocol != balancer.ProtoTCP {
 		return f.dropped(ReasonNoTarget) // the relay has connections only
 	}
+	flow.Source = e.arriving(flow, f.service)
+	if !flow.Source.IsValid() {
+		return f.dropped(ReasonNoSource)
+	}
 	bits := flow.Destination.Addr().BitLen()
 	for _, b := range []int{bits, otherFamily(bits)} {
 		table := e.slotsOf(p, b)
@@ -257,6 +273,36 @@ func (e *Explainer) relay(f fate, flow maglev.Flow, p *pool) fate {
 		}
 	}
 	return f.dropped(ReasonNoTarget)
+}
+
+// arriving is whom the relay takes for the client. That is the client, unless it is on
+// this host and calls from a VIP: then it gets a source on its way, as at any target;
+// none if there is none.
+func (e *Explainer) arriving(flow maglev.Flow, s *balancer.VirtualService) netip.AddrPort {
+	if e.untracked[s] || !slices.Contains(e.table.VIPs, flow.Source.Addr()) {
+		return flow.Source
+	}
+	own := e.ownSources(flow.Source.Addr().BitLen())
+	if len(own) == 0 {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(own[e.sourceSlot(flow, len(own))], flow.Source.Port())
+}
+
+// ownSources are the SNAT pool of a family.
+func (e *Explainer) ownSources(bits int) (own []netip.Addr) {
+	for _, a := range e.table.Sources {
+		if a.BitLen() == bits {
+			own = append(own, a)
+		}
+	}
+	return own
+}
+
+// sourceSlot is which of so many sources a flow gets, as it is after the choice of its
+// target. One needs no hash, but does no harm.
+func (e *Explainer) sourceSlot(flow maglev.Flow, n int) int {
+	return maglev.Slot(flow.Hash(false, e.sourceSeed), n)
 }
 
 func otherFamily(bits int) int {
@@ -299,12 +345,7 @@ func (e *Explainer) sources(q Question, f fate) []netip.Addr {
 	if !f.snat && !f.relayed && !slices.Contains(e.table.VIPs, q.Client.Addr()) {
 		return nil
 	}
-	var own []netip.Addr
-	for _, a := range e.table.Sources {
-		if a.BitLen() == f.to.Address.BitLen() {
-			own = append(own, a)
-		}
-	}
+	own := e.ownSources(f.to.Address.BitLen())
 	switch {
 	case len(own) == 0 && f.to.Source.IsValid():
 		return []netip.Addr{f.to.Source}
@@ -313,7 +354,7 @@ func (e *Explainer) sources(q Question, f fate) []netip.Addr {
 	}
 	// What is hashed has been rewritten once.
 	flow := maglev.Flow{Source: q.Client, Destination: f.to.AddrPort(), Protocol: q.Protocol}
-	return []netip.Addr{own[maglev.Slot(flow.Hash(false, e.sourceSeed), len(own))]}
+	return []netip.Addr{own[e.sourceSlot(flow, len(own))]}
 }
 
 // sourced reports whether the flow gets a source of the balancer.

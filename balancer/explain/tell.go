@@ -42,7 +42,7 @@ func (e *Explainer) tell(q Question, o outcome) Outcome {
 	}
 	out.Rewrites = e.rewrites(q, o)
 	if o.relayed {
-		out.HeaderClient = endText(q.Client)
+		out.HeaderClient = endText(e.arriving(flowOf(q), o.service))
 	}
 	return out
 }
@@ -62,7 +62,15 @@ func (e *Explainer) rewrites(q Question, o outcome) []Rewrite {
 	}
 	if o.relayed {
 		first.By, first.SourceAfter = ByRelay, source
-		return []Rewrite{first}
+		arriving := e.arriving(flowOf(q), o.service)
+		if arriving == q.Client {
+			return []Rewrite{first}
+		}
+		before := Rewrite{
+			By: BySNAT, SourceBefore: q.Client, DestinationBefore: q.Destination, SourceAfter: arriving, DestinationAfter: q.Destination,
+		}
+		first.SourceBefore = arriving
+		return []Rewrite{before, first}
 	}
 	if !e.sourced(q, o.fate) {
 		return []Rewrite{first}

@@ -50,6 +50,8 @@ var (
 	BeforeSNAT = Span{math.MinInt32, prioritySNAT}
 	AfterSNAT  = Span{prioritySNAT, math.MaxInt32}
 	AllOfHook  = Span{math.MinInt32, math.MaxInt32}
+	// BeforeIPVS is what of the input hook a packet meets before IPVS takes it.
+	BeforeIPVS = Span{math.MinInt32, priorityArrived - 3}
 )
 
 // Walk lists what the chains at the packet's hook, within a span of priorities, do to

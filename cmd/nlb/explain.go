@@ -152,26 +152,24 @@ func explainFile(ctx context.Context, flags *pflag.FlagSet, socket string, q exp
 	if err != nil {
 		return nil, err
 	}
-	a, err := answerFor(ctx, cfg.Spec, balancer.Forward(cfg.Spec, seen).Table, q)
-	if err != nil {
-		return nil, err
-	}
+	a := answerFor(ctx, cfg.Spec, balancer.Forward(cfg.Spec, seen).Table, q)
 	a.Notes = append(a.Notes, "no daemon runs: this is what "+path+" comes to, and not what the kernel holds")
 	return a, nil
 }
 
-// answerFor is what becomes of the flow by a Table and by the chains of others.
-func answerFor(ctx context.Context, spec *balancer.Spec, table *balancer.Table, q explain.Question) (*explain.Answer, error) {
+// answerFor is what becomes of the flow by a Table and by the chains of others, as far
+// as those can be read.
+func answerFor(ctx context.Context, spec *balancer.Spec, table *balancer.Table, q explain.Question) *explain.Answer {
 	a := explain.New(spec, table).Explain(q)
 	if a.Verdict != explain.Forward {
-		return &a, nil
+		return &a
 	}
-	found, err := meetForeign(ctx, q, &a)
+	found, err := meetForeign(ctx, table.Dataplane, q, &a)
 	if err != nil {
-		return nil, err
+		a.Notes = append(a.Notes, "what chains of others do is not known: "+err.Error())
 	}
 	a.Meets(found)
-	return &a, nil
+	return &a
 }
 
 // Explain implements control.Daemon.
@@ -180,11 +178,11 @@ func (d *daemon) Explain(ctx context.Context, q explain.Question) (*explain.Answ
 	if s == nil {
 		return nil, errNoPass
 	}
-	a, err := answerFor(ctx, s.Spec, s.Desired.Table, q)
-	if err == nil && !s.Held {
+	a := answerFor(ctx, s.Spec, s.Desired.Table, q)
+	if !s.Held {
 		a.Notes = append(a.Notes, "the kernel does not hold the configuration now (nlb status): this is what it should do")
 	}
-	return a, err
+	return a, nil
 }
 
 // --- for people ----------------------------------------------------------------------

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nlb/balancer"
 	"nlb/balancer/explain"
 	"nlb/balancer/host"
 	"nlb/balancer/nft"
@@ -16,7 +17,7 @@ import (
 // meetForeign takes a flow's first packet through the chains of others, along the way
 // that the answer says. Of several ways it takes the likeliest, and is not sure of
 // anything beyond the choice.
-func meetForeign(ctx context.Context, q explain.Question, a *explain.Answer) ([]explain.Foreign, error) {
+func meetForeign(ctx context.Context, dataplane balancer.Dataplane, q explain.Question, a *explain.Answer) ([]explain.Foreign, error) {
 	chains, err := nft.ReadForeign()
 	if err != nil {
 		return nil, err
@@ -37,9 +38,12 @@ func meetForeign(ctx context.Context, q explain.Question, a *explain.Answer) ([]
 	}
 	w.meet(first, nft.BeforeDNAT, true)
 	w.sure = a.DependsOn == ""
-	if a.Rewrites[0].By == explain.ByRelay {
+	switch {
+	case a.Rewrites[len(a.Rewrites)-1].By == explain.ByRelay:
 		w.relay(first, a, to.Interface)
-	} else {
+	case dataplane == balancer.IPVS:
+		w.ipvs(first, a, to.Interface)
+	default:
 		w.forward(first, a, to.Interface, to.Local)
 	}
 	return w.found, nil
@@ -85,19 +89,37 @@ func (w *foreignWay) forward(p nft.Packet, a *explain.Answer, out string, toHost
 		w.meet(p, nft.AllOfHook, false)
 	}
 	if !toHost || local {
-		p.Hook = unix.NF_INET_POST_ROUTING
-		w.meet(p, nft.BeforeSNAT, true)
-		last := a.Rewrites[len(a.Rewrites)-1]
-		ours := last.By == explain.BySNAT
-		if ours && last.SourceAfter.IsValid() {
-			p.Source = netip.AddrPortFrom(last.SourceAfter.Addr(), 0)
-		}
-		w.meet(p, nft.AfterSNAT, !ours)
+		p = w.leave(p, a)
 	}
 	if toHost {
 		p.Hook, p.Out = unix.NF_INET_LOCAL_IN, ""
 		w.meet(p, nft.AllOfHook, false)
 	}
+}
+
+// leave is the last hook of a packet that leaves, which has the source that it gets
+// there from then on.
+func (w *foreignWay) leave(p nft.Packet, a *explain.Answer) nft.Packet {
+	p.Hook = unix.NF_INET_POST_ROUTING
+	w.meet(p, nft.BeforeSNAT, true)
+	last := a.Rewrites[len(a.Rewrites)-1]
+	ours := last.By == explain.BySNAT
+	if ours && last.SourceAfter.IsValid() {
+		p.Source = netip.AddrPortFrom(last.SourceAfter.Addr(), 0)
+	}
+	w.meet(p, nft.AfterSNAT, !ours)
+	return p
+}
+
+// ipvs is the way of a packet that IPVS takes from the input hook and sends on by the
+// output hook (ip_vs_nat_xmit in the kernel's ip_vs_xmit.c), whoever sent it.
+func (w *foreignWay) ipvs(p nft.Packet, a *explain.Answer, out string) {
+	w.meet(p, nft.AfterDNAT, false)
+	p.Hook = unix.NF_INET_LOCAL_IN
+	w.meet(p, nft.BeforeIPVS, false)
+	p.Destination, p.Out, p.Hook = a.Target.AddrPort(), out, unix.NF_INET_LOCAL_OUT
+	w.meet(p, nft.AllOfHook, false)
+	w.leave(p, a)
 }
 
 // relay is the way of two: the client's connection to here, and the relay's to the
@@ -106,7 +128,7 @@ func (w *foreignWay) relay(p nft.Packet, a *explain.Answer, out string) {
 	w.meet(p, nft.AfterDNAT, false)
 	p.Hook = unix.NF_INET_LOCAL_IN
 	w.meet(p, nft.AllOfHook, false)
-	source := a.Rewrites[0].SourceAfter
+	source := a.Rewrites[len(a.Rewrites)-1].SourceAfter
 	if !source.IsValid() {
 		return // one of several, or the kernel's choice
 	}
