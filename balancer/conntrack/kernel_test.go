@@ -2,6 +2,7 @@ package conntrack
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -630,6 +631,32 @@ func TestCancelled(t *testing.T) {
 func TestNoMask(t *testing.T) {
 	if _, err := New(Options{}); err == nil {
 		t.Error("a tracker of everybody's flows")
+	}
+}
+
+// Each shows what Flows lists, and ends with the first error of who looks.
+func TestEach(t *testing.T) {
+	host(t)
+	create(t, 0, 1500, dns)
+	create(t, 1500, 500, foreign)
+	tr, _ := newTracker(t, nil)
+	seen := make(map[netip.AddrPort]bool)
+	if err := tr.Each(t.Context(), func(f Flow) error { seen[f.Original.Src] = true; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	listed := flows(t, tr, Filter{})
+	for _, f := range listed {
+		if !seen[f.Original.Src] {
+			t.Errorf("%v is not shown", f)
+		}
+	}
+	if len(listed) != 1500 || len(seen) != 1500 {
+		t.Errorf("%d flows are listed, %d are shown, of 1500", len(listed), len(seen))
+	}
+	enough, shown := errors.New("enough"), 0
+	err := tr.Each(t.Context(), func(Flow) error { shown++; return enough })
+	if !errors.Is(err, enough) || shown != 1 {
+		t.Errorf("%d flows, and then %v", shown, err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -84,6 +85,37 @@ func TestExplainAndFlows(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// A firewall of somebody else on the balancer, which drops what is for one target,
+// drops those flows of which that was foretold.
+func TestExplainFirewall(t *testing.T) {
+	t.Parallel()
+	top := routed(t, lab.Options{Targets: 2})
+	serveTargets(t, top, 8080)
+	d := serving(t, top, config{
+		Sources: sources(top), VIPs: both(), Listeners: listen("web", "TCP", 80, "web"),
+		Groups: []group{pool("web", "TCP", "preserve", 8080, targets(top.Targets...))},
+	})
+	must(t, top.LB, "nft", "add table inet fw; add chain inet fw c { type filter hook forward priority 0; }; "+
+		"add rule inet fw c ct state established,related accept; add rule inet fw c ip daddr "+top.Targets[0].Addr4.String()+" drop")
+	const flows = 24
+	verdicts := make(map[explain.Verdict]int)
+	for i := range flows {
+		from, vip := netip.AddrPortFrom(top.Clients[0].Addr4, uint16(30000+i)), families[0].at(80)
+		a := d.explain(from, vip)
+		verdicts[a.Verdict]++
+		got := call(t, top.Clients[0], lab.Call{Network: "tcp", Dst: vip, SrcPort: from.Port(), Timeout: 300 * time.Millisecond})
+		if dropped := got.ByErr[lab.Timeout] == 1; dropped != (a.Verdict == explain.Drop) {
+			t.Errorf("%v: %v, and %s %q was foretold", from, got, a.Verdict, a.Reason)
+		}
+		if want := "foreign chain: inet fw c (forward, handle 3)"; a.Verdict == explain.Drop && a.Reason != want {
+			t.Errorf("%v is dropped by %q, want %q", from, a.Reason, want)
+		}
+	}
+	if len(verdicts) != 2 {
+		t.Errorf("of %d flows, %v", flows, verdicts)
 	}
 }
 
