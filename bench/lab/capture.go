@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -33,7 +34,13 @@ type Packet struct {
 	ICMPType uint8 `json:"icmp_type,omitempty"`
 	ICMPCode uint8 `json:"icmp_code,omitempty"`
 	Length   int   `json:"length"` // of the IP packet
+	// Data is the packet's beginning, up to SnapLength bytes; only Record keeps it.
+	Data []byte `json:"data,omitempty"`
 }
+
+// SnapLength is how much of a packet is looked at, in bytes: both headers with
+// all their options fit.
+const SnapLength = 256
 
 // Flags are the control bits of a TCP header (RFC 9293, 3.1).
 type Flags uint8
@@ -95,7 +102,16 @@ const captureLimit = 200_000
 // Capture starts recording what an interface of the node receives and sends, or
 // all interfaces if iface is empty. Packets sent after it returns are seen.
 func (a *Agent) Capture(ctx context.Context, iface string) (*Capture, error) {
-	id, err := a.ask(ctx, "capture", captureArgs{iface}, nil)
+	return a.startCapture(ctx, captureArgs{Iface: iface})
+}
+
+// Record is Capture on all interfaces that keeps the packets' bytes too.
+func (a *Agent) Record(ctx context.Context) (*Capture, error) {
+	return a.startCapture(ctx, captureArgs{Data: true})
+}
+
+func (a *Agent) startCapture(ctx context.Context, o captureArgs) (*Capture, error) {
+	id, err := a.ask(ctx, "capture", o, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -104,6 +120,7 @@ func (a *Agent) Capture(ctx context.Context, iface string) (*Capture, error) {
 
 type captureArgs struct {
 	Iface string `json:"iface"`
+	Data  bool   `json:"data,omitempty"`
 }
 
 // Packets returns the packets recorded so far that keep holds for (nil: all). It
@@ -148,6 +165,7 @@ func (c *Capture) since(ctx context.Context, from int) ([]Packet, error) {
 type recording struct {
 	file *os.File
 	raw  syscall.RawConn
+	data bool          // keep the packets' bytes
 	done chan struct{} // closed when the reader has ended
 
 	mu      sync.Mutex
@@ -172,7 +190,7 @@ func (s *server) capture(_ context.Context, id uint64, o captureArgs) (none, err
 		return none{}, fmt.Errorf("packet socket: %w", err)
 	}
 	file := os.NewFile(uintptr(fd), "packet socket")
-	r := &recording{file: file, done: make(chan struct{}), names: map[int]string{}}
+	r := &recording{file: file, data: o.Data, done: make(chan struct{}), names: map[int]string{}}
 	if r.raw, err = file.SyscallConn(); err == nil {
 		err = listenPackets(fd, index)
 	}
@@ -200,7 +218,7 @@ func listenPackets(fd, index int) error {
 
 func (r *recording) read() {
 	defer close(r.done)
-	data, control := make([]byte, 256), make([]byte, 128)
+	data, control := make([]byte, SnapLength), make([]byte, 128)
 	for {
 		n, ctl := 0, 0
 		var from unix.Sockaddr
@@ -222,6 +240,9 @@ func (r *recording) read() {
 			continue
 		}
 		p.Time, p.Out = timestamp(control[:ctl]), link.Pkttype == unix.PACKET_OUTGOING
+		if r.data {
+			p.Data = bytes.Clone(data[:min(n, len(data))])
+		}
 		r.record(p, link.Ifindex)
 	}
 }

@@ -404,7 +404,7 @@ func TestOwnerOf(t *testing.T) {
 	for name, want := range map[string]int{
 		"nlb-812-a6f1c0-lb": 812, "nlb-812-lb": 0, "nlb-x-a6f1c0-lb": 0, "nlb--1-a-lb": 0, "other-812-a-lb": 0, "nlb-0-a-lb": 0, "": 0,
 	} {
-		if pid, ok := ownerOf(name); ok != (want != 0) || ok && pid != want {
+		if pid, ok := ownerOf(name, namePrefix); ok != (want != 0) || ok && pid != want {
 			t.Errorf("ownerOf(%q) = %d, %v", name, pid, ok)
 		}
 	}

@@ -273,6 +273,51 @@ func (n *Node) Route(dst netip.Prefix, via netip.Addr, iface string) error {
 	return nil
 }
 
+// Unaddress takes an address off an interface of the node, the opposite of
+// Address. What the node is known by stays.
+func (n *Node) Unaddress(iface string, p netip.Prefix) error {
+	err := n.netlink(iface, func(h *netlink.Handle, l netlink.Link) error {
+		return h.AddrDel(l, &netlink.Addr{IPNet: ipNet(p)})
+	})
+	if err != nil {
+		return n.fail(fmt.Sprintf("ip addr del %s dev %s", p, iface), err)
+	}
+	return nil
+}
+
+// RouteFrom sends what has the source src to the router via through iface,
+// whatever the main table says: a policy rule and a table of its own
+// (ip-rule(8)), whose number is 1-252.
+func (n *Node) RouteFrom(src netip.Prefix, via netip.Addr, iface string, table int) error {
+	err := n.netlink(iface, func(h *netlink.Handle, l netlink.Link) error {
+		everything := everywhere[0]
+		if src.Addr().Is6() {
+			everything = everywhere[1]
+		}
+		route := &netlink.Route{
+			Dst: ipNet(everything), Gw: via.AsSlice(), LinkIndex: l.Attrs().Index,
+			Table: table, Flags: int(netlink.FLAG_ONLINK),
+		}
+		if err := h.RouteAdd(route); err != nil {
+			return err
+		}
+		rule := netlink.NewRule()
+		rule.Src, rule.Table, rule.Family = ipNet(src), table, family(src.Addr())
+		return h.RuleAdd(rule)
+	})
+	if err != nil {
+		return n.fail(fmt.Sprintf("ip rule add from %s lookup %d, ip route add default via %s dev %s table %d", src, table, via, iface, table), err)
+	}
+	return nil
+}
+
+func family(a netip.Addr) int {
+	if a.Is6() {
+		return unix.AF_INET6
+	}
+	return unix.AF_INET
+}
+
 func (n *Node) up(iface string) error {
 	err := n.netlink(iface, func(h *netlink.Handle, l netlink.Link) error { return h.LinkSetUp(l) })
 	if err != nil {

@@ -56,6 +56,7 @@ var operations = map[string]operation{
 	"scan":    op((*server).scan),
 	"capture": op((*server).capture),
 	"packets": op((*server).packets),
+	"relay":   op((*server).relay),
 }
 
 // op adapts a method with typed arguments.

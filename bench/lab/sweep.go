@@ -17,6 +17,9 @@ import (
 const (
 	namesDir   = "/run/netns" // iproute2's, see ip-netns(8)
 	namePrefix = "nlb-"
+	// keptPrefix begins the names of namespaces that outlive their process. What
+	// follows is as in other names.
+	keptPrefix = "nlbkept-"
 )
 
 // prepareNames makes the folder of names ready the way `ip netns add` does: a
@@ -49,7 +52,12 @@ func prepareNames() error {
 
 // Sweep removes the namespaces of labs whose process is dead, with all that
 // still runs in them, and returns their names. New calls it.
-func Sweep() ([]string, error) {
+func Sweep() ([]string, error) { return sweep(namePrefix) }
+
+// SweepKept is Sweep for the namespaces that Options.Keep spared.
+func SweepKept() ([]string, error) { return sweep(keptPrefix) }
+
+func sweep(prefix string) ([]string, error) {
 	entries, err := os.ReadDir(namesDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -59,7 +67,7 @@ func Sweep() ([]string, error) {
 	}
 	var stale []string
 	for _, e := range entries {
-		if pid, ok := ownerOf(e.Name()); ok && dead(pid) {
+		if pid, ok := ownerOf(e.Name(), prefix); ok && dead(pid) {
 			stale = append(stale, e.Name())
 		}
 	}
@@ -69,9 +77,9 @@ func Sweep() ([]string, error) {
 	return stale, removeNamespaces(stale)
 }
 
-// ownerOf parses nlb-<pid>-<random>-<node>.
-func ownerOf(name string) (pid int, ok bool) {
-	rest, ok := strings.CutPrefix(name, namePrefix)
+// ownerOf parses <prefix><pid>-<random>-<node>.
+func ownerOf(name, prefix string) (pid int, ok bool) {
+	rest, ok := strings.CutPrefix(name, prefix)
 	parts := strings.Split(rest, "-")
 	if !ok || len(parts) != 3 {
 		return 0, false

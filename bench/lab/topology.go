@@ -28,6 +28,9 @@ type Options struct {
 	// Offload leaves TX checksums to the (virtual) links, which is faster and
 	// hides wrong ones. For throughput measurements only.
 	Offload bool
+	// Keep names the namespaces so that Sweep spares them: for who leaves without
+	// Close, to have them looked at. SweepKept removes them.
+	Keep bool
 }
 
 const maxNodes = 80 // of a kind: their addresses count up from .9, .11, .21 or .101
@@ -118,6 +121,9 @@ func build(name string, o Options, wire func(*builder)) (*Topology, error) {
 	l, err := New()
 	if err != nil {
 		return nil, err
+	}
+	if o.Keep {
+		l.Prefix = keptPrefix + l.Prefix[len(namePrefix):]
 	}
 	b := &builder{Topology: &Topology{Lab: l, Name: name}, o: o}
 	// Also when wire panics.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"nlb/bench/lab"
 	"nlb/config"
 )
 
@@ -35,6 +36,7 @@ func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)
 type usageError struct{ error }
 
 func main() {
+	lab.MaybeRunAgent()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	// A second signal kills: whoever asks twice does not want to wait.
 	context.AfterFunc(ctx, stop)
@@ -88,7 +90,7 @@ doctor: 1 if a finding is an error.`,
 	}
 	root.AddCommand(
 		newServe(), newValidate(), newPlan(), newReload(), newStatus(), newDrain(), newUndrain(), newFlows(), newExplain(),
-		newVerify(), newDoctor(), newRelay(), newSchema(), newClear(), newVersion(),
+		newVerify(), newDoctor(), newLab(), newRelay(), newSchema(), newClear(), newVersion(),
 	)
 	return root
 }

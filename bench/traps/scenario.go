@@ -1,0 +1,168 @@
+package traps
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"nlb/bench/lab"
+)
+
+// A Scenario is one trap.
+type Scenario struct {
+	Name    string // as the command line has it
+	Title   string // who calls whom, in one line
+	Drawing string // of the network, up to 78 columns wide
+	Naive   string // the set-up that somebody would try first
+	Why     string // why it fails
+	Cure    string // what nlb does instead
+
+	build   func(lab.Options) (*lab.Topology, error)
+	options lab.Options
+	// showData has paths show data, too: where it is about who speaks first.
+	showData bool
+	// naive and cure make their set-up, call, and judge. Both run in the same
+	// network, one after the other; what s.undo has is undone in between.
+	naive, cure func(context.Context, *site) (Finding, error)
+}
+
+// All returns the scenarios, in the order in which they are best read.
+func All() []Scenario {
+	return []Scenario{
+		hairpinSelf, hairpinSameNode, hairpinSameSubnet, hairpinAvoidSelf,
+		rpFilterStrict, asymmetricReturn,
+		vipOnDummyRefused, vipExposesHost, healthCheckVIPSource,
+		failOpen, emptyBackends, replyTupleMismatch, nodeToOwnVIP,
+		proxyProtocolServerFirst, staleUDP,
+	}
+}
+
+// A Finding is what became of one set-up.
+type Finding struct {
+	Works bool `json:"works"`
+	// Evidence is what showed it: for a naive set-up the reason of its failure, ""
+	// if that was not seen.
+	Evidence string `json:"evidence"`
+	// Path is the way of the packets.
+	Path []Hop `json:"path"`
+}
+
+// The verdicts of a Result.
+const (
+	Pass   = "pass"   // the naive set-up failed for its reason, and the cure works
+	Broken = "broken" // one of these did not come out
+)
+
+// A Result is what became of a scenario.
+type Result struct {
+	Scenario  string  `json:"scenario"`
+	Supported bool    `json:"supported"`
+	Naive     Finding `json:"naive"`
+	Cure      Finding `json:"cure"`
+	Verdict   string  `json:"verdict"`
+	// Namespaces are those that were kept.
+	Namespaces []string `json:"namespaces,omitempty"`
+	Seconds    float64  `json:"seconds"`
+}
+
+// Options say how a scenario is run.
+type Options struct {
+	Program string // nlb, to be started with serve
+	// Keep leaves the namespaces, with the cured nlb running. lab.SweepKept
+	// removes them, once this process has ended.
+	Keep bool
+	// Captures is a folder for the packets of each set-up and node, in pcap
+	// format; "" for none. It has to exist.
+	Captures string
+	// WithoutCure leaves out what the scenario's cure is about: the check of the
+	// check. The verdict has to be Broken then.
+	WithoutCure bool
+	// Progress is told what is being done; nil: nobody.
+	Progress func(stage string)
+}
+
+// limit bounds a scenario, and patience each wait in it. Nothing takes that long
+// unless the machine is very busy.
+const (
+	limit    = time.Minute
+	patience = 10 * time.Second
+)
+
+// Run runs a scenario. The error says that it could not be run; one that did not
+// come out has a Result that says so.
+func Run(ctx context.Context, sc Scenario, o Options) (r Result, err error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	begun := time.Now()
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	o.Progress("building the network")
+	s, err := newSite(sc, o)
+	if err != nil {
+		return r, fmt.Errorf("%s: %w", sc.Name, err)
+	}
+	defer func() {
+		if o.Keep && err == nil {
+			r.Namespaces = s.names()
+			return
+		}
+		err = errors.Join(err, s.close())
+	}()
+	o.Progress("the naive set-up")
+	naive, err := s.stage(ctx, "naive", sc.naive)
+	if err != nil {
+		return r, fmt.Errorf("%s: the naive set-up: %w", sc.Name, err)
+	}
+	o.Progress("nlb with the cure")
+	cure, err := s.stage(ctx, "cure", sc.cure)
+	if err != nil {
+		return r, fmt.Errorf("%s: the cure: %w", sc.Name, err)
+	}
+	r = Result{
+		Scenario: sc.Name, Supported: true, Naive: naive, Cure: cure, Verdict: Broken,
+		Seconds: float64(time.Since(begun).Round(10*time.Millisecond)) / float64(time.Second),
+	}
+	if !naive.Works && naive.Evidence != "" && cure.Works {
+		r.Verdict = Pass
+	}
+	return r, nil
+}
+
+// stage runs one set-up, reads its captures and takes back what it put up for
+// itself.
+func (s *site) stage(ctx context.Context, name string, run func(context.Context, *site) (Finding, error)) (Finding, error) {
+	f, err := run(ctx, s)
+	if err != nil {
+		return f, err
+	}
+	if f.Path == nil {
+		if f.Path, err = s.path(ctx); err != nil {
+			return f, err
+		}
+	}
+	if s.options.Captures != "" {
+		prefix := filepath.Join(s.options.Captures, s.scenario.Name+"-"+name)
+		if err := s.save(ctx, prefix); err != nil {
+			return f, err
+		}
+	}
+	return f, errors.Join(s.unwatch(), s.revert())
+}
+
+// save writes the captures, a file for each node.
+func (s *site) save(ctx context.Context, prefix string) error {
+	for _, w := range s.watched {
+		packets, err := w.capture.Packets(ctx, nil)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(prefix+"-"+w.node.Name+".pcap", pcap(packets), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}

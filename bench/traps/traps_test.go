@@ -1,0 +1,168 @@
+package traps
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"nlb/bench/lab"
+)
+
+// program is the nlb that the scenarios run.
+var program string
+
+func TestMain(m *testing.M) {
+	lab.MaybeRunAgent()
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "nlb-traps-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	program = filepath.Join(dir, "nlb")
+	if named := os.Getenv("NLB_BINARY"); named != "" {
+		if program, err = filepath.Abs(named); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	} else if out, err := exec.Command("go", "build", "-o", program, "nlb/cmd/nlb").CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build nlb: %v\n%s", err, out)
+		return 1
+	}
+	code := m.Run()
+	if err := goleak.Find(); err != nil && code == 0 {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
+
+func soon(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// TestScenarios has every naive set-up fail for its reason, and every cure work.
+func TestScenarios(t *testing.T) {
+	for _, sc := range All() {
+		t.Run(sc.Name, func(t *testing.T) {
+			t.Parallel()
+			r, err := Run(soon(t), sc, Options{Program: program})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%.2f s\nnaive: %+v\ncure: %+v", r.Seconds, r.Naive, r.Cure)
+			if r.Verdict != Pass {
+				t.Errorf("verdict %q, want %q", r.Verdict, Pass)
+			}
+			if len(r.Naive.Path) == 0 || len(r.Cure.Path) == 0 {
+				t.Error("no packet was shown")
+			}
+		})
+	}
+}
+
+// TestScenariosWithoutCure leaves out of each what its cure is about. What still
+// passed would show nothing.
+func TestScenariosWithoutCure(t *testing.T) {
+	for _, sc := range All() {
+		t.Run(sc.Name, func(t *testing.T) {
+			t.Parallel()
+			r, err := Run(soon(t), sc, Options{Program: program, WithoutCure: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r.Verdict != Broken || r.Cure.Works || r.Naive.Evidence == "" {
+				t.Errorf("%+v", r)
+			}
+		})
+	}
+}
+
+var addressInDrawing = regexp.MustCompile(`\d+\.\d+\.\d+\.\d+`)
+
+// TestDrawings holds the drawings to the networks that are built.
+func TestDrawings(t *testing.T) {
+	for _, sc := range All() {
+		t.Run(sc.Name, func(t *testing.T) {
+			for line := range strings.Lines(sc.Drawing) {
+				if n := len([]rune(strings.TrimRight(line, "\n"))); n > 78 {
+					t.Errorf("%d columns wide: %s", n, line)
+				}
+			}
+			top, err := sc.build(sc.options)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer top.Close()
+			there := map[string]bool{lab.VIP4.String(): true, "0.0.0.0": true, "10.0.1.0": true, "10.0.2.11": sc.Drawing == multiHomedDrawing}
+			for _, n := range top.Nodes() {
+				there[n.Addr4.String()] = true
+			}
+			for _, a := range addressInDrawing.FindAllString(sc.Drawing, -1) {
+				if !there[a] {
+					t.Errorf("no node has %s", a)
+				}
+			}
+		})
+	}
+}
+
+func TestCounterIn(t *testing.T) {
+	text := []byte("TcpExt: SyncookiesSent IPReversePathFilter\nTcpExt: 0 7\nIpExt: InNoRoutes\nIpExt: 3\n")
+	for name, want := range map[string]uint64{"TcpExtIPReversePathFilter": 7, "IpExtInNoRoutes": 3} {
+		if got, err := counterIn(text, name); err != nil || got != want {
+			t.Errorf("%s = %d, %v; want %d", name, got, err, want)
+		}
+	}
+	if _, err := counterIn(text, "TcpExtNothing"); err == nil {
+		t.Error("a counter that is not there was found")
+	}
+}
+
+// TestHops pairs what was sent with what arrived, and tells what a node rewrote.
+func TestHops(t *testing.T) {
+	at := func(node, iface string, out bool, from, to string, flags lab.Flags, ms int) sighting {
+		f, d := netip.MustParseAddrPort(from), netip.MustParseAddrPort(to)
+		return sighting{lab.Packet{
+			Time: time.Unix(0, int64(ms)*1e6), Iface: iface, Out: out, Proto: 6,
+			Src: f.Addr(), SrcPort: f.Port(), Dst: d.Addr(), DstPort: d.Port(), Flags: flags,
+		}, node}
+	}
+	const client, service, target = "203.0.113.9:40112", "198.51.100.10:80", "10.0.1.11:8080"
+	got := hops([]sighting{
+		at("c1", "eth0", true, client, service, lab.SYN, 1),
+		at("lb", "c1", false, client, service, lab.SYN, 2),
+		at("lb", "t1", true, client, target, lab.SYN, 3),
+		at("c1", "eth0", true, client, service, lab.SYN, 4), // once more
+		at("lb", "c1", false, client, service, lab.SYN, 5),
+	})
+	want := []string{
+		"c1 > lb 203.0.113.9:40112 > 198.51.100.10:80 SYN x2 ",
+		"lb >  203.0.113.9:40112 > 10.0.1.11:8080 SYN x1 lb rewrote the destination",
+	}
+	for i, h := range got {
+		line := fmt.Sprintf("%s > %s %v > %v %s x%d %s", h.From, h.To, h.Src, h.Dst, h.What, h.Times, h.Note)
+		if i >= len(want) || line != want[i] {
+			t.Errorf("hop %d: %s", i, line)
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("%d hops, want %d", len(got), len(want))
+	}
+}
