@@ -162,7 +162,7 @@ var hairpinAvoidSelf = Scenario{
 		if err := s.forward(s.LB, others, toTarget(t2)); err != nil {
 			return f, err
 		}
-		both, err := s.call(ctx, t1, lab.Call{Timeout: patience / 2})
+		both, err := s.call(ctx, t1, lab.Call{Timeout: answerTime})
 		if err != nil {
 			return f, err
 		}

@@ -35,6 +35,9 @@ func (s *site) path(ctx context.Context) ([]Hop, error) {
 			return nil, err
 		}
 		for _, p := range packets {
+			if s.scenario.hideProbes && (p.Src == s.LB.Addr4 || p.Dst == s.LB.Addr4) {
+				continue
+			}
 			if telling(p) || s.scenario.showData && p.Flags&lab.PSH != 0 {
 				all = append(all, sighting{p, w.node.Name})
 			}

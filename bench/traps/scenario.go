@@ -24,6 +24,8 @@ type Scenario struct {
 	options lab.Options
 	// showData has paths show data, too: where it is about who speaks first.
 	showData bool
+	// hideProbes leaves out of paths what lb exchanges with targets by itself.
+	hideProbes bool
 	// naive and cure make their set-up, call, and judge. Both run in the same
 	// network, one after the other; what s.undo has is undone in between.
 	naive, cure func(context.Context, *site) (Finding, error)
@@ -84,11 +86,13 @@ type Options struct {
 	Progress func(stage string)
 }
 
-// limit bounds a scenario, and patience each wait in it. Nothing takes that long
-// unless the machine is very busy.
+// limit bounds a scenario, patience each wait for nlb in it, and answerTime each
+// call that has to be answered. Nothing takes that long unless the machine is
+// very busy.
 const (
-	limit    = time.Minute
-	patience = 10 * time.Second
+	limit      = 2 * time.Minute
+	patience   = 40 * time.Second
+	answerTime = 10 * time.Second
 )
 
 // Run runs a scenario. The error says that it could not be run; one that did not

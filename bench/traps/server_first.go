@@ -36,7 +36,7 @@ var proxyProtocolServerFirst = Scenario{
 		if err := s.watch(ctx, c1, s.LB, t1); err != nil {
 			return f, err
 		}
-		r, err := s.call(ctx, c1, lab.Call{Silent: true, Timeout: patience / 2})
+		r, err := s.call(ctx, c1, lab.Call{Silent: true, Timeout: answerTime})
 		if err != nil || r.Err != "" {
 			return Finding{Evidence: "the caller: " + r.Err}, err
 		}

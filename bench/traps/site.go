@@ -231,7 +231,7 @@ func (s *site) try(ctx context.Context, from *lab.Node) (lab.Reply, error) {
 // ask makes a call that is expected to be answered by who, who sees peer.
 // Without the cure it fails, and need not be waited for as long.
 func (s *site) ask(ctx context.Context, from, who *lab.Node, peer netip.Addr) (Finding, error) {
-	c := lab.Call{Timeout: patience / 2}
+	c := lab.Call{Timeout: answerTime}
 	if s.options.WithoutCure {
 		c.Timeout = briefly
 	}

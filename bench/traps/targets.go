@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,7 +24,7 @@ var failOpen = Scenario{
 	Why: "One mistake, here a check of the wrong port, is the end of a service that works. A balancer that sends to " +
 		"all of them instead, and does not say so, hides that there are no checks any more.",
 	Cure:  "fail_open (the default): new flows go to all targets, and status, metrics and the log say so.",
-	build: lab.Routed,
+	build: lab.Routed, hideProbes: true,
 	naive: failClosed,
 	cure: func(ctx context.Context, s *site) (f Finding, err error) {
 		if s.options.WithoutCure {
@@ -40,7 +41,7 @@ var failOpen = Scenario{
 		if err := s.watch(ctx, c1, s.LB, t1, t2); err != nil {
 			return f, err
 		}
-		r, err := s.call(ctx, c1, lab.Call{Timeout: patience / 2})
+		r, err := s.call(ctx, c1, lab.Call{Timeout: answerTime})
 		if err != nil || r.Err != "" {
 			return Finding{Evidence: "the caller: " + r.Err}, err
 		}
@@ -91,7 +92,7 @@ func failClosed(ctx context.Context, s *site) (f Finding, err error) {
 	if err != nil {
 		return f, err
 	}
-	direct, err := s.call(ctx, s.LB, lab.Call{Dst: target(t1), Timeout: patience / 2})
+	direct, err := s.call(ctx, s.LB, lab.Call{Dst: target(t1), Timeout: answerTime})
 	f.Works = r.Err == ""
 	if direct.Err == "" && !f.Works {
 		f.Evidence = fmt.Sprintf("both targets are unhealthy, no packet went to them, yet %s answers on %v; the caller: %s", direct.Who, direct.Local, r.Err)
@@ -108,7 +109,7 @@ var emptyBackends = Scenario{
 		"gives up, though it is only between two targets.",
 	Cure: "nlb drops and counts (no_target_drops), as NLB does: the client repeats its SYN, and the first target to " +
 		"come has it.",
-	build: lab.Routed,
+	build: lab.Routed, hideProbes: true,
 	naive: refused,
 	cure: func(ctx context.Context, s *site) (f Finding, err error) {
 		if s.options.WithoutCure {
@@ -181,43 +182,14 @@ var staleUDP = Scenario{
 	Why: "Rules are asked for the first packet of a flow only; then connection tracking decides, for as long as " +
 		"packets keep coming. A UDP flow has no end, so a client that keeps its port keeps the dead target.",
 	Cure:  "After each change nlb goes through the tracked flows and removes those whose target has left.",
-	build: lab.Routed,
-	naive: func(ctx context.Context, s *site) (f Finding, err error) {
-		c1, t1, t2 := s.Clients[0], s.Targets[0], s.Targets[1]
-		if err := s.targets(ctx, t2); err != nil {
-			return f, err
-		}
-		first, second := toTarget(t1), toTarget(t2)
-		first.proto, second.proto = unix.IPPROTO_UDP, unix.IPPROTO_UDP
-		if err := s.forward(s.LB, first); err != nil {
-			return f, err
-		}
-		if err := s.watch(ctx, c1, s.LB, t1, t2); err != nil {
-			return f, err
-		}
-		flow, err := s.leave(ctx, t1, func() error { return dnat(s.LB, second) })
-		if err != nil {
-			return f, err
-		}
-		now, err := s.again(ctx, flow, 1)
-		if err != nil {
-			return f, err
-		}
-		fresh, err := s.call(ctx, c1, lab.Call{Network: "udp", Dst: vip, Timeout: patience / 2})
-		if err != nil {
-			return f, err
-		}
-		unreachable, stale, err := s.seen(ctx, s.LB, func(p lab.Packet) bool { return !p.Out && p.Src == t1.Addr4 && p.ICMPType == 3 })
-		f.Works = now.Err == ""
-		if stale && fresh.Who == t2.Name && !f.Works {
-			f.Evidence = fmt.Sprintf("t1, which left, got the packet: %q; the caller: %s; from a new port %s answers", what(unreachable), now.Err, fresh.Who)
-		}
-		return f, err
-	},
+	build: lab.Routed, hideProbes: true,
+	naive: keepsStale,
 	cure: func(ctx context.Context, s *site) (f Finding, err error) {
+		if s.options.WithoutCure {
+			return keepsStale(ctx, s)
+		}
 		c1, t1, t2 := s.Clients[0], s.Targets[0], s.Targets[1]
-		delay := s.with("{timeout: 0s, connection_termination: true}", "{timeout: 300s, connection_termination: false}")
-		group := "client_ip: preserve, deregistration_delay: " + delay + ", health_check: {port: 8081}"
+		group := "client_ip: preserve, deregistration_delay: {timeout: 0s}, health_check: {port: 8081}"
 		for _, n := range []*lab.Node{t1, t2} { // what is probed stays, so that nothing but the change decides
 			if err := s.listen(ctx, n, lab.Serve{Ports: []uint16{8081}, Networks: []string{"tcp"}}); err != nil {
 				return f, err
@@ -238,11 +210,44 @@ var staleUDP = Scenario{
 		if err != nil {
 			return f, err
 		}
-		now, err := s.again(ctx, flow, 5)
+		now, err := s.again(ctx, flow, answerTime)
 		f = answered(now, t2, c1.Addr4)
 		f.Evidence = fmt.Sprintf("%s, the same flow from %v", f.Evidence, now.From)
 		return f, err
 	},
+}
+
+func keepsStale(ctx context.Context, s *site) (f Finding, err error) {
+	c1, t1, t2 := s.Clients[0], s.Targets[0], s.Targets[1]
+	if err := s.targets(ctx, t2); err != nil {
+		return f, err
+	}
+	first, second := toTarget(t1), toTarget(t2)
+	first.proto, second.proto = unix.IPPROTO_UDP, unix.IPPROTO_UDP
+	if err := s.forward(s.LB, first); err != nil {
+		return f, err
+	}
+	if err := s.watch(ctx, c1, s.LB, t1, t2); err != nil {
+		return f, err
+	}
+	flow, err := s.leave(ctx, t1, func() error { return dnat(s.LB, second) })
+	if err != nil {
+		return f, err
+	}
+	now, err := s.again(ctx, flow, briefly)
+	if err != nil {
+		return f, err
+	}
+	fresh, err := s.call(ctx, c1, lab.Call{Network: "udp", Dst: vip, Timeout: answerTime})
+	if err != nil {
+		return f, err
+	}
+	unreachable, stale, err := s.seen(ctx, s.LB, func(p lab.Packet) bool { return !p.Out && p.Src == t1.Addr4 && p.ICMPType == 3 })
+	f.Works = now.Err == ""
+	if stale && fresh.Who == t2.Name && !f.Works {
+		f.Evidence = fmt.Sprintf("t1, which left, got the packet: %q; the caller: %s; from a new port %s answers", what(unreachable), now.Err, fresh.Who)
+	}
+	return f, err
 }
 
 // leave opens a UDP flow to t1, has it leave, and stops it.
@@ -262,15 +267,27 @@ func (s *site) leave(ctx context.Context, t1 *lab.Node, change func() error) (*l
 	return flow, errors.Join(change(), old.Close())
 }
 
-// again asks on a flow, up to some times, until there is an answer.
-func (s *site) again(ctx context.Context, flow *lab.Flows, times int) (lab.Reply, error) {
+// again asks on a flow until there is an answer, or has been none for a while.
+// Refusals come at once; what removes the flow may need a moment.
+func (s *site) again(ctx context.Context, flow *lab.Flows, wait time.Duration) (lab.Reply, error) {
+	end := time.NewTimer(wait)
+	defer end.Stop()
+	tick := time.NewTicker(briefly / 5)
+	defer tick.Stop()
 	for {
 		now, err := flow.Check(ctx)
 		if err != nil {
 			return lab.Reply{}, err
 		}
-		if times--; times == 0 || now[0].Now.Err == "" {
+		if now[0].Now.Err == "" {
 			return now[0].Now, nil
+		}
+		select {
+		case <-tick.C:
+		case <-end.C:
+			return now[0].Now, nil
+		case <-ctx.Done():
+			return now[0].Now, ctx.Err()
 		}
 	}
 }

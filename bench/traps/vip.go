@@ -145,7 +145,7 @@ func exposed(ctx context.Context, s *site) (f Finding, err error) {
 	if err := s.watch(ctx, c1, s.LB, t1); err != nil {
 		return f, err
 	}
-	r, err := s.call(ctx, c1, lab.Call{Dst: netip.AddrPortFrom(lab.VIP4, hostPort), Timeout: patience / 2})
+	r, err := s.call(ctx, c1, lab.Call{Dst: netip.AddrPortFrom(lab.VIP4, hostPort), Timeout: answerTime})
 	f.Works = r.Err != ""
 	if !f.Works {
 		f.Evidence = fmt.Sprintf("%v answered c1: %s", r.Local, r.Who)
@@ -169,6 +169,9 @@ var healthCheckVIPSource = Scenario{
 	naive: func(ctx context.Context, s *site) (f Finding, err error) {
 		t1 := s.Targets[0]
 		if err := s.targets(ctx, t1); err != nil {
+			return f, err
+		}
+		if err := s.reachable(ctx, t1); err != nil {
 			return f, err
 		}
 		if err := t1.Address("lo", vipNet); err != nil { // for both stages
@@ -196,7 +199,7 @@ var healthCheckVIPSource = Scenario{
 		if err := s.targets(ctx, t1); err != nil {
 			return f, err
 		}
-		if err := s.watch(ctx, s.LB, t1); err != nil {
+		if err := s.watch(ctx, c1, s.LB, t1); err != nil {
 			return f, err
 		}
 		source := s.LB.Addr4
@@ -257,6 +260,9 @@ func fromOwnVIP(ctx context.Context, s *site) (f Finding, err error) {
 	if err := s.targets(ctx, t1); err != nil {
 		return f, err
 	}
+	if err := s.reachable(ctx, t1); err != nil {
+		return f, err
+	}
 	for _, n := range []*lab.Node{s.LB, t1} {
 		if err := s.bind(n); err != nil {
 			return f, err
@@ -278,4 +284,14 @@ func fromOwnVIP(ctx context.Context, s *site) (f Finding, err error) {
 		return f, err
 	}
 	return s.martianAt(ctx, t1, lab.VIP4, r, log)
+}
+
+// reachable has lb call a target by its own address, so that it knows its
+// neighbour: an ARP request that names the VIP as its sender is a martian, too.
+func (s *site) reachable(ctx context.Context, n *lab.Node) error {
+	r, err := s.call(ctx, s.LB, lab.Call{Dst: target(n), Timeout: answerTime})
+	if err == nil && r.Err != "" {
+		err = fmt.Errorf("%s does not answer lb: %s", n.Name, r.Err)
+	}
+	return err
 }
