@@ -17,7 +17,7 @@ func (s *site) martianAt(ctx context.Context, node *lab.Node, source netip.Addr,
 	if err != nil {
 		return Finding{}, err
 	}
-	_, replied, err := s.seen(ctx, node, func(p lab.Packet) bool {
+	_, replied, err := s.sofar(ctx, node, func(p lab.Packet) bool {
 		return p.Out && p.Src == came.Dst && p.Flags&(lab.ACK|lab.RST) != 0 && p.SrcPort == targetPort
 	})
 	if err != nil {

@@ -73,8 +73,8 @@ type Result struct {
 // Options say how a scenario is run.
 type Options struct {
 	Program string // nlb, to be started with serve
-	// Keep leaves the namespaces, with the cured nlb running. lab.SweepKept
-	// removes them, once this process has ended.
+	// Keep leaves the namespaces, with the cured nlb running. RemoveKept removes
+	// them, once this process has ended.
 	Keep bool
 	// Captures is a folder for the packets of each set-up and node, in pcap
 	// format; "" for none. It has to exist.

@@ -79,7 +79,7 @@ func naiveServerFirst(ctx context.Context, s *site) (f Finding, err error) {
 		return f, err
 	}
 	f.Works = r.Err == ""
-	_, spoke, err := s.seen(ctx, t1, func(p lab.Packet) bool { return p.Flags&lab.PSH != 0 })
+	_, spoke, err := s.sofar(ctx, t1, func(p lab.Packet) bool { return p.Flags&lab.PSH != 0 })
 	if connected && !spoke && !f.Works {
 		f.Evidence = "the relay was connected to t1, and no byte was sent in either direction; the caller: " + r.Err
 	}

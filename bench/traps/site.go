@@ -62,15 +62,15 @@ func newSite(sc Scenario, o Options) (*site, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp("", "nlb-lab-")
-	if err != nil {
-		return nil, errors.Join(err, unix.Close(clock))
-	}
 	wants := sc.options
 	wants.Keep = o.Keep
 	top, err := sc.build(wants)
 	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir), unix.Close(clock))
+		return nil, errors.Join(err, unix.Close(clock))
+	}
+	dir := files(top.Prefix)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, errors.Join(err, top.Close(), unix.Close(clock))
 	}
 	return &site{Topology: top, scenario: sc, options: o, dir: dir, clock: clock}, nil
 }
@@ -90,12 +90,33 @@ func stampPackets() (fd int, err error) {
 	return fd, nil
 }
 
+// files is the folder of the nlb in a lab, by the prefix of the lab's namespaces.
+func files(prefix string) string { return filepath.Join(os.TempDir(), prefix+"files") }
+
+// ErrLeft is in what Run returns when it could not remove everything.
+var ErrLeft = errors.New("something of the lab is left")
+
 func (s *site) close() error {
 	err := s.Close() // ends the daemon too, and its relay
 	if s.daemon != nil {
 		<-s.daemon.done
 	}
-	return errors.Join(err, os.RemoveAll(s.dir), unix.Close(s.clock))
+	if err := errors.Join(err, os.RemoveAll(s.dir), unix.Close(s.clock)); err != nil {
+		return fmt.Errorf("%w: %w", ErrLeft, err)
+	}
+	return nil
+}
+
+// RemoveKept removes what Options.Keep left of runs whose process has ended, and
+// returns the names of the namespaces.
+func RemoveKept() ([]string, error) {
+	removed, err := lab.SweepKept()
+	errs := []error{err}
+	for _, name := range removed {
+		prefix := name[:strings.LastIndexByte(name, '-')+1]
+		errs = append(errs, os.RemoveAll(files(prefix)))
+	}
+	return removed, errors.Join(errs...)
 }
 
 func (s *site) names() []string {
@@ -196,8 +217,32 @@ func (s *site) packets(ctx context.Context, n *lab.Node) ([]lab.Packet, error) {
 	})
 }
 
-// seen finds the first packet that a node recorded and match holds for.
+// captureLag is how long a busy machine may take to read a capture.
+const captureLag = 2 * time.Second
+
+// seen finds the first packet that a node recorded and match holds for, and gives
+// the capture some time to have it.
 func (s *site) seen(ctx context.Context, n *lab.Node, match func(lab.Packet) bool) (p lab.Packet, found bool, err error) {
+	end := time.NewTimer(captureLag)
+	defer end.Stop()
+	tick := time.NewTicker(captureLag / 100)
+	defer tick.Stop()
+	for {
+		if p, found, err = s.sofar(ctx, n, match); found || err != nil {
+			return p, found, err
+		}
+		select {
+		case <-tick.C:
+		case <-end.C:
+			return p, false, nil
+		case <-ctx.Done():
+			return p, false, ctx.Err()
+		}
+	}
+}
+
+// sofar is seen for what should not be there.
+func (s *site) sofar(ctx context.Context, n *lab.Node, match func(lab.Packet) bool) (p lab.Packet, found bool, err error) {
 	packets, err := s.packets(ctx, n)
 	if err != nil {
 		return p, false, err
@@ -380,19 +425,6 @@ func (s *site) wait(ctx context.Context, holds ready) error {
 			return fmt.Errorf("waited in vain for nlb: %w\n%s", err, s.daemon.said())
 		}
 	}
-}
-
-// total is one of the counters of nlb status.
-func (s *site) total(ctx context.Context, name string) (uint64, error) {
-	status, err := s.daemon.api.Status(ctx)
-	if err != nil {
-		return 0, err
-	}
-	n, ok := status.Totals[name]
-	if !ok {
-		return 0, fmt.Errorf("nlb status has no %s", name)
-	}
-	return n, nil
 }
 
 // inForce holds when the kernel has what the file says.

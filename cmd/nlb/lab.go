@@ -14,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"nlb/bench/lab"
 	"nlb/bench/traps"
 )
 
@@ -24,7 +23,7 @@ func newLab() *cobra.Command {
 		Short: "Show the traps of load balancing, and their cures, with real packets",
 		Long: `lab builds networks out of namespaces, falls into a trap with a naive set-up, and runs
 nlb in the same network. It needs root and no other program, touches nothing outside
-its namespaces, and removes them.`,
+its namespaces, and removes them; run --keep leaves them, run --pcap DIR keeps the packets.`,
 		RunE: func(*cobra.Command, []string) error {
 			return usageError{errors.New("lab wants list, run or remove")}
 		},
@@ -116,7 +115,7 @@ func newLabRemove() *cobra.Command {
 		Short: "Remove the namespaces that run --keep left, and what runs in them",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			removed, err := lab.SweepKept()
+			removed, err := traps.RemoveKept()
 			for _, name := range removed {
 				fmt.Fprintln(cmd.OutOrStdout(), name)
 			}
@@ -202,7 +201,10 @@ func runScenarios(ctx context.Context, stdout, stderr io.Writer, chosen []traps.
 		r, err := traps.Run(ctx, sc, o)
 		progress.end()
 		if ctx.Err() != nil {
-			return fmt.Errorf("interrupted; the namespaces were removed: %w", errors.Join(context.Cause(ctx), err))
+			if errors.Is(err, traps.ErrLeft) {
+				return fmt.Errorf("interrupted: %w", err)
+			}
+			return errors.New("interrupted; everything was removed")
 		}
 		if err != nil {
 			fmt.Fprintf(stderr, "nlb: %v\n", err)
