@@ -3,6 +3,7 @@ package traps
 import (
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -51,5 +52,66 @@ func compareTable(t *testing.T, page, heading, want string) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("%s is not what it shows: run the test with -update (-want +got):\n%s", page, diff)
+	}
+}
+
+// comparePage has the table of nlb lab compare.
+const comparePage = "../../docs/compare.md"
+
+// TestCompare holds the page to what the modes really do.
+func TestCompare(t *testing.T) {
+	t.Parallel()
+	c, err := Compare(soon(t), Options{Program: program})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rows strings.Builder
+	for _, done := range c.Cases {
+		fmt.Fprintf(&rows, "| %s: %s |", done.Name, done.Title)
+		for _, cell := range done.Cells {
+			fmt.Fprintf(&rows, " %s |", cell.Says)
+		}
+		rows.WriteString("\n")
+	}
+	if len(c.Cases) != len(caseOrder) {
+		t.Errorf("%d cases, want %d", len(c.Cases), len(caseOrder))
+	}
+	compareTable(t, comparePage, "| case |", rows.String())
+	for line := range strings.Lines(ComparisonText(c)) {
+		if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > MinWidth {
+			t.Errorf("%d columns wide: %s", n, line)
+		}
+	}
+}
+
+// TestMeasureRates measures; what comes out is the machine's affair.
+func TestMeasureRates(t *testing.T) {
+	rates, err := MeasureRates(soon(t), Options{Program: program})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, r := range rates {
+		if r.Mode != Modes[i] || r.Relative <= 0 {
+			t.Errorf("%+v", r)
+		}
+	}
+	if len(rates) != len(Modes) {
+		t.Errorf("%d rates for %d modes", len(rates), len(Modes))
+	}
+}
+
+// TestText has no line that is wider than was asked for, whatever happened.
+func TestText(t *testing.T) {
+	long := Finding{Evidence: strings.Repeat("evidence ", 30), Path: []Hop{
+		{From: "p1x2", To: "n1", Src: netip.MustParseAddrPort("198.51.100.10:65535"), Dst: netip.MustParseAddrPort("203.0.113.109:65535"), What: "SYN+ACK", Times: 12, Note: "p1x2 rewrote the destination"},
+	}}
+	for _, sc := range All() {
+		for _, width := range []int{0, 80, 120} {
+			for line := range strings.Lines(Text(sc, Result{Naive: long, Cure: long, Verdict: Broken}, width)) {
+				if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > max(width, MinWidth) {
+					t.Errorf("%s at %d: %d columns: %s", sc.Name, width, n, line)
+				}
+			}
+		}
 	}
 }

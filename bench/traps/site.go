@@ -470,7 +470,13 @@ target_groups:
 
 // at is a node as a target's entry, with further keys or none.
 func at(n *lab.Node, keys ...string) string {
-	return "{" + strings.Join(append([]string{"address: " + n.Addr4.String()}, keys...), ", ") + "}"
+	entry := []string{"address: " + n.Addr4.String()}
+	for _, k := range keys {
+		if k != "" {
+			entry = append(entry, k)
+		}
+	}
+	return "{" + strings.Join(entry, ", ") + "}"
 }
 
 // serve makes nodes answer as plain targets and runs nlb in front of them until

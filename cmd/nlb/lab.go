@@ -23,12 +23,13 @@ func newLab() *cobra.Command {
 		Short: "Show the traps of load balancing, and their cures, with real packets",
 		Long: `lab builds networks out of namespaces, falls into a trap with a naive set-up, and runs
 nlb in the same network. It needs root and no other program, touches nothing outside
-its namespaces, and removes them; run --keep leaves them, run --pcap DIR keeps the packets.`,
+its namespaces, and removes them; run --keep leaves them, run --pcap DIR keeps
+the packets, -o json prints for machines.`,
 		RunE: func(*cobra.Command, []string) error {
-			return usageError{errors.New("lab wants list, run or remove")}
+			return usageError{errors.New("lab wants list, run, compare or remove")}
 		},
 	}
-	cmd.AddCommand(newLabList(), newLabRun(), newLabRemove())
+	cmd.AddCommand(newLabList(), newLabRun(), newLabCompare(), newLabRemove())
 	return cmd
 }
 
@@ -107,6 +108,52 @@ Exit codes: 0 every naive set-up failed as described and every cure works, 1 oth
 	cmd.Flags().BoolVar(&options.Keep, "keep", false, "leave the namespaces, with nlb running in them")
 	cmd.Flags().StringVar(&options.Captures, "pcap", "", "a folder for the packets, a file for each node")
 	return cmd
+}
+
+func newLabCompare() *cobra.Command {
+	var (
+		out   output
+		rates bool
+	)
+	cmd := &cobra.Command{
+		Use:   "compare",
+		Short: "Compare the modes: who works where, and what the target sees",
+		Long: `compare tries every client_ip mode in the same cases, and prints what the target saw
+of its caller, or why the call failed. It measures how fast connections are made, too.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			program, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			ctx, stop := untilHangup(cmd.Context())
+			defer stop()
+			progress := newProgress(cmd.ErrOrStderr(), "comparing")
+			c, err := compareModes(ctx, traps.Options{Program: program}, rates, progress)
+			progress.end()
+			if err != nil {
+				return err
+			}
+			if out == jsonText {
+				return printJSON(cmd.OutOrStdout(), c)
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), traps.ComparisonText(c))
+			return err
+		},
+	}
+	addOutput(cmd, &out)
+	cmd.Flags().BoolVar(&rates, "rates", true, "measure rates of connections")
+	return cmd
+}
+
+func compareModes(ctx context.Context, o traps.Options, rates bool, p *progress) (c traps.Comparison, err error) {
+	p.say("every mode in every case")
+	if c, err = traps.Compare(ctx, o); err != nil || !rates {
+		return c, err
+	}
+	p.say("rates of connections")
+	c.Rates, err = traps.MeasureRates(ctx, o)
+	return c, err
 }
 
 func newLabRemove() *cobra.Command {
