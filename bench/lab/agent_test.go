@@ -493,3 +493,59 @@ func TestServerEndsWithItsInput(t *testing.T) {
 		t.Error("half a request was accepted")
 	}
 }
+
+func TestRelayAnnouncesItsClients(t *testing.T) {
+	top := made(t, Routed, Options{Targets: 1})
+	client, target := top.Clients[0], top.Targets[0]
+	target.serve(t, Serve{Ports: []uint16{8080}, Networks: []string{"tcp"}, Proxy: true, Greet: true})
+	listen := netip.AddrPortFrom(top.LB.Addr4, 80)
+	relay, err := top.LB.Agent().Relay(soon(t), Relay{Listen: listen, Target: netip.AddrPortFrom(target.Addr4, 8080)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(c Call) Reply {
+		t.Helper()
+		c.Network, c.Dst = "tcp", listen
+		replies, err := client.Agent().Call(soon(t), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return replies[0]
+	}
+	// The greeting comes first, without a question, and is no answer to one.
+	if r := ask(Call{Timeout: 5 * time.Second}); r.Err != "" || r.Client.Addr() != client.Addr4 || r.Peer != top.LB.Addr4 {
+		t.Errorf("%+v", r)
+	}
+	if r := ask(Call{Silent: true, Timeout: 300 * time.Millisecond}); r.Err != Timeout {
+		t.Errorf("who says nothing got %+v", r)
+	}
+	if err := relay.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if r := ask(Call{}); r.Err != Refused {
+		t.Errorf("a closed relay: %+v", r)
+	}
+}
+
+func TestRecordKeepsTheBytes(t *testing.T) {
+	top := made(t, Routed, Options{Targets: 1})
+	client, target := top.Clients[0], top.Targets[0]
+	target.serve(t, Serve{Ports: []uint16{8080}})
+	c, err := client.Agent().Record(soon(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	call := Call{Network: "udp", Dst: netip.AddrPortFrom(target.Addr4, 8080), Timeout: 5 * time.Second}
+	if _, err := client.Agent().Call(soon(t), call); err != nil {
+		t.Fatal(err)
+	}
+	p, err := c.Wait(soon(t), func(p Packet) bool { return !p.Out && p.SrcPort == 8080 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, ok := decodePacket(p.Data)
+	again.Time, again.Iface, again.Out, again.Data = p.Time, p.Iface, p.Out, p.Data
+	if diff := cmp.Diff(p, again, equalNetip); !ok || diff != "" || len(p.Data) != min(p.Length, SnapLength) {
+		t.Errorf("%d of %d bytes, which decode to another packet:\n%s", len(p.Data), p.Length, diff)
+	}
+}

@@ -77,6 +77,7 @@ func TestTopologies(t *testing.T) {
 			"p1x1 10.244.1.11 2001:db8:244:1::11", "p1x2 10.244.1.12 2001:db8:244:1::12",
 			"p2x1 10.244.2.11 2001:db8:244:2::11", "p2x2 10.244.2.12 2001:db8:244:2::12",
 		}, []string{"c1 203.0.113.9 2001:db8:99::9", "c2 203.0.113.10 2001:db8:99::10"}},
+		{Egress, []string{"p1x1 10.244.1.11 2001:db8:244:1::11"}, []string{"c1 203.0.113.9 2001:db8:99::9", "c2 203.0.113.10 2001:db8:99::10"}},
 	} {
 		begin := time.Now()
 		top := made(t, tt.build, Options{Clients: 2})
@@ -319,9 +320,9 @@ func processesOf(t *testing.T, prefix string) (found []string) {
 	return found
 }
 
-// buildAndWait is the child of the next two tests.
+// buildAndWait is the child of the next tests.
 func buildAndWait() {
-	top, err := Routed(Options{Targets: 1})
+	top, err := Routed(Options{Targets: 1, Keep: os.Getenv(child) == "keep"})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -341,11 +342,12 @@ func buildAndWait() {
 	select {}
 }
 
-// startChild returns a process with a lab, and the lab's prefix.
-func startChild(t *testing.T) (*exec.Cmd, string) {
+// startChild returns a process with a lab, and the lab's prefix; what "keep" has
+// it made so that Sweep spares it.
+func startChild(t *testing.T, what string) (*exec.Cmd, string) {
 	t.Helper()
 	cmd := exec.CommandContext(soon(t), "/proc/self/exe")
-	cmd.Env = append(os.Environ(), child+"=1")
+	cmd.Env = append(os.Environ(), child+"="+what)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -362,7 +364,7 @@ func startChild(t *testing.T) (*exec.Cmd, string) {
 }
 
 func TestSweepRemovesTheLabOfADeadProcess(t *testing.T) {
-	cmd, prefix := startChild(t)
+	cmd, prefix := startChild(t, "close")
 	// The living are left alone.
 	if swept, err := Sweep(); err != nil || len(swept) != 0 {
 		t.Errorf("swept %v: %v", swept, err)
@@ -388,8 +390,27 @@ func TestSweepRemovesTheLabOfADeadProcess(t *testing.T) {
 	noneLeft(t, prefix)
 }
 
+func TestSweepSparesAKeptLab(t *testing.T) {
+	cmd, prefix := startChild(t, "keep")
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	if swept, err := Sweep(); err != nil || len(swept) != 0 {
+		t.Errorf("swept %v: %v", swept, err)
+	}
+	swept, err := SweepKept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{prefix + "c1", prefix + "lb", prefix + "t1"}, swept); diff != "" {
+		t.Errorf("swept (-want +got):\n%s", diff)
+	}
+	noneLeft(t, prefix)
+}
+
 func TestSignalClosesTheLab(t *testing.T) {
-	cmd, prefix := startChild(t)
+	cmd, prefix := startChild(t, "close")
 	if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

@@ -289,9 +289,23 @@ func (n *Node) Unaddress(iface string, p netip.Prefix) error {
 // whatever the main table says: a policy rule and a table of its own
 // (ip-rule(8)), whose number is 1-252.
 func (n *Node) RouteFrom(src netip.Prefix, via netip.Addr, iface string, table int) error {
+	rule := netlink.NewRule()
+	rule.Src = ipNet(src)
+	return n.routeBy(rule, "from "+src.String(), via, iface, table)
+}
+
+// RouteMark is RouteFrom for what has a packet mark.
+func (n *Node) RouteMark(mark uint32, via netip.Addr, iface string, table int) error {
+	rule := netlink.NewRule()
+	rule.Mark = mark
+	return n.routeBy(rule, fmt.Sprintf("fwmark %#x", mark), via, iface, table)
+}
+
+func (n *Node) routeBy(rule *netlink.Rule, selector string, via netip.Addr, iface string, table int) error {
+	rule.Table, rule.Family = table, family(via)
 	err := n.netlink(iface, func(h *netlink.Handle, l netlink.Link) error {
 		everything := everywhere[0]
-		if src.Addr().Is6() {
+		if via.Is6() {
 			everything = everywhere[1]
 		}
 		route := &netlink.Route{
@@ -301,12 +315,10 @@ func (n *Node) RouteFrom(src netip.Prefix, via netip.Addr, iface string, table i
 		if err := h.RouteAdd(route); err != nil {
 			return err
 		}
-		rule := netlink.NewRule()
-		rule.Src, rule.Table, rule.Family = ipNet(src), table, family(src.Addr())
 		return h.RuleAdd(rule)
 	})
 	if err != nil {
-		return n.fail(fmt.Sprintf("ip rule add from %s lookup %d, ip route add default via %s dev %s table %d", src, table, via, iface, table), err)
+		return n.fail(fmt.Sprintf("ip route add default via %s dev %s table %d; ip rule add %s lookup %d", via, iface, table, selector, table), err)
 	}
 	return nil
 }

@@ -67,6 +67,8 @@ type Topology struct {
 	Targets []*Node
 	// Hosts are the nodes that have pods (PodNode).
 	Hosts []*Node
+	// Gateway is the way out of the pods (Egress).
+	Gateway *Node
 	// Router is between the clients and LB, where the topology has one.
 	Router *Node
 }
@@ -92,6 +94,7 @@ func clientNet(n int) dual  { return at("203.0.113", "2001:db8:99", n) }
 func targetNet(n int) dual  { return at("10.0.1", "2001:db8:1", n) }
 func transitNet(n int) dual { return at("10.0.0", "2001:db8:0", n) }
 func secondNet(n int) dual  { return at("10.0.2", "2001:db8:2", n) }
+func outNet(n int) dual     { return at("10.0.3", "2001:db8:3", n) }
 func podNet(host, n int) dual {
 	return at(fmt.Sprintf("10.244.%d", host), fmt.Sprintf("2001:db8:244:%d", host), n)
 }
@@ -317,5 +320,42 @@ func PodNode(o Options) (*Topology, error) {
 			}
 		}
 		b.clients(b.LB)
+	})
+}
+
+// Egress has one pod behind a host with two uplinks: LB reaches the pod by the
+// first, but the host's way out is the second, through a gateway. The gateway
+// does nothing but forward, as long as it has no rules.
+//
+//	c1 203.0.113.9 --- rt 10.0.0.1 --- 10.0.0.2 lb 10.0.1.1 --- eth0 10.0.1.21 n1 10.244.1.1 --- 10.244.1.11 p1x1
+//	                   rt 10.0.3.1 --- 10.0.3.2 gw 10.0.2.1 --- eth1 10.0.2.11 n1
+func Egress(o Options) (*Topology, error) {
+	return build("egress", o, func(b *builder) {
+		b.Router = b.router("rt")
+		b.Gateway = b.router("gw")
+		n1 := b.router("n1")
+		if b.err != nil {
+			return
+		}
+		b.Hosts = append(b.Hosts, n1)
+		pods := []netip.Prefix{prefix(podNet(1, 0).v4, 24), prefix(podNet(1, 0).v6, 64)}
+		// First, so that LB is known by its address on the targets' side.
+		b.wire(End{Node: b.LB, Iface: "n1", Addrs: targetNet(1).host()}, End{Node: n1, Iface: "eth0", Addrs: targetNet(21).host()})
+		b.route(b.LB, targetNet(21).host(), dual{}, "n1")
+		b.route(b.LB, pods, targetNet(21), "n1")
+		b.route(n1, targetNet(1).host(), dual{}, "eth0")
+		b.wire(End{Node: b.Gateway, Iface: "rt", Addrs: outNet(2).subnet()}, End{Node: b.Router, Iface: "gw", Addrs: outNet(1).subnet()})
+		b.route(b.Gateway, everywhere, outNet(1), "rt")
+		b.wire(End{Node: b.Gateway, Iface: "n1", Addrs: secondNet(1).subnet()}, End{Node: n1, Iface: "eth1", Addrs: secondNet(11).subnet()})
+		b.route(b.Gateway, pods, secondNet(11), "n1")
+		b.route(n1, everywhere, secondNet(1), "eth1")
+		b.wire(End{Node: b.Router, Iface: "lb", Addrs: transitNet(1).subnet()}, End{Node: b.LB, Iface: "rt", Addrs: transitNet(2).subnet()})
+		b.route(b.LB, everywhere, transitNet(1), "rt")
+		b.route(b.Router, vipNets.subnet(), transitNet(2), "lb")
+		b.route(b.Router, pods, transitNet(2), "lb")
+		pod := b.node("p1x1")
+		b.leaf(n1, podNet(1, 1), pod, podNet(1, 11))
+		b.Targets = append(b.Targets, pod)
+		b.clients(b.Router)
 	})
 }

@@ -86,6 +86,7 @@ func TestCompare(t *testing.T) {
 
 // TestMeasureRates measures; what comes out is the machine's affair.
 func TestMeasureRates(t *testing.T) {
+	t.Parallel()
 	rates, err := MeasureRates(soon(t), Options{Program: program})
 	if err != nil {
 		t.Fatal(err)

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 
+	"golang.org/x/sys/unix"
+
 	"nlb/bench/lab"
 )
 
@@ -112,6 +114,77 @@ var asymmetricReturn = Scenario{
 			return f, err
 		}
 		return s.ask(ctx, c1, t1, s.LB.Addr4)
+	},
+}
+
+// The cure of externalSNAT marks flows with fromLB, in the connection and then in
+// the packet. It is a bit of its own, as the marks of others may be there.
+const fromLB = 0x80
+
+var externalSNAT = Scenario{
+	Name:  "external-snat",
+	Title: "the answers of a pod leave by a gateway that masquerades",
+	Drawing: `
+   c1 203.0.113.9 ── rt ──┬── lb 10.0.1.1 ──── eth0 n1 ── p1x1 10.244.1.11
+                          │   VIP 198.51.100.10     │
+                          └── gw 10.0.3.2 ──── eth1 n1 10.0.1.21
+                              masquerades        (its way out)`,
+	Naive: "lb rewrites the destination (DNAT) of a UDP flow and keeps the client's address",
+	Why: "What pods send to the world leaves by eth1 and gets gw's address, and an answer to a preserved client is no " +
+		"exception. gw has not seen the request, so it takes the answer for a new flow: neither lb nor the client " +
+		"knows its source.",
+	Cure: "n1 remembers which flows came from lb (it saves a mark with the connection, restores it to the answers) and " +
+		"routes these back to lb.",
+	build: lab.Egress, hideProbes: true,
+	naive: func(ctx context.Context, s *site) (f Finding, err error) {
+		c1, pod := s.Clients[0], s.Targets[0]
+		if err := s.targets(ctx, pod); err != nil {
+			return f, err
+		}
+		if err := masquerade(s.Gateway, "rt"); err != nil { // for both stages
+			return f, err
+		}
+		rule := toTarget(pod)
+		rule.proto = unix.IPPROTO_UDP
+		if err := s.forward(s.LB, rule); err != nil {
+			return f, err
+		}
+		if err := s.watch(ctx, c1, s.Router, s.LB, s.Hosts[0], s.Gateway, pod); err != nil {
+			return f, err
+		}
+		r, err := s.call(ctx, c1, lab.Call{Network: "udp", Timeout: briefly})
+		if err != nil {
+			return f, err
+		}
+		stray, came, err := s.seen(ctx, c1, func(p lab.Packet) bool { return !p.Out && p.Proto == unix.IPPROTO_UDP && p.Src != lab.VIP4 })
+		f.Works = r.Err == ""
+		if came && !f.Works {
+			f.Evidence = fmt.Sprintf("c1 called %v, the answer came from %v, an address of gw; the call: %s", vip, stray.From(), r.Err)
+		}
+		return f, err
+	},
+	cure: func(ctx context.Context, s *site) (f Finding, err error) {
+		c1, n1, pod := s.Clients[0], s.Hosts[0], s.Targets[0]
+		if s.with("marks", "") != "" {
+			if err := restoreMark(n1, "eth0", pod.Name, fromLB); err != nil {
+				return f, err
+			}
+			if err := n1.RouteMark(fromLB, s.LB.Addr4, "eth0", policyTable); err != nil {
+				return f, err
+			}
+		}
+		if err := s.serve(ctx, s.LB, configFor("UDP", s.LB.Addr4, "client_ip: preserve", at(pod)), pod); err != nil {
+			return f, err
+		}
+		if err := s.watch(ctx, c1, s.Router, s.LB, n1, s.Gateway, pod); err != nil {
+			return f, err
+		}
+		c := lab.Call{Network: "udp", Timeout: answerTime}
+		if s.options.WithoutCure {
+			c.Timeout = briefly
+		}
+		r, err := s.call(ctx, c1, c)
+		return answered(r, pod, c1.Addr4), err
 	},
 }
 

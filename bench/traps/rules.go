@@ -53,8 +53,60 @@ func dnat(n *lab.Node, rules ...naiveRule) error {
 	return b.send(n)
 }
 
-// undnat removes the naive table.
-func undnat(n *lab.Node) error {
+// masquerade gives what leaves a node by an interface the node's own address
+// there.
+func masquerade(n *lab.Node, iface string) error {
+	var b batch
+	b.table(unix.NFT_MSG_NEWTABLE)
+	b.natChain("postrouting", unix.NF_INET_POST_ROUTING, 100) // NF_IP_PRI_NAT_SRC
+	b.rule("postrouting", append(onInterface(unix.NFT_META_OIFNAME, iface), expression("masq", func(*netlink.AttributeEncoder) {})))
+	return b.send(n)
+}
+
+// restoreMark remembers of each flow that it came by the interface from, and
+// marks the packets of these flows that come by the interface back, before they
+// are routed:
+//
+//	iifname from ct mark set mark
+//	iifname back meta mark set ct mark
+func restoreMark(n *lab.Node, from, back string, mark uint32) error {
+	var b batch
+	b.table(unix.NFT_MSG_NEWTABLE)
+	b.chain("prerouting", "filter", unix.NF_INET_PRE_ROUTING, -150) // NF_IP_PRI_MANGLE
+	b.rule("prerouting", append(onInterface(unix.NFT_META_IIFNAME, from),
+		immediate(unix.NFT_REG_1, binary.NativeEndian.AppendUint32(nil, mark)),
+		expression("ct", func(a *netlink.AttributeEncoder) {
+			a.Uint32(unix.NFTA_CT_KEY, unix.NFT_CT_MARK)
+			a.Uint32(unix.NFTA_CT_SREG, unix.NFT_REG_1)
+		})))
+	b.rule("prerouting", append(onInterface(unix.NFT_META_IIFNAME, back),
+		expression("ct", func(a *netlink.AttributeEncoder) {
+			a.Uint32(unix.NFTA_CT_KEY, unix.NFT_CT_MARK)
+			a.Uint32(unix.NFTA_CT_DREG, unix.NFT_REG_1)
+		}),
+		expression("meta", func(a *netlink.AttributeEncoder) {
+			a.Uint32(unix.NFTA_META_KEY, unix.NFT_META_MARK)
+			a.Uint32(unix.NFTA_META_SREG, unix.NFT_REG_1)
+		})))
+	return b.send(n)
+}
+
+// onInterface matches the name of an interface: key is unix.NFT_META_IIFNAME or
+// its like.
+func onInterface(key uint32, name string) [][]byte {
+	padded := make([]byte, unix.IFNAMSIZ)
+	copy(padded, name)
+	return [][]byte{
+		expression("meta", func(a *netlink.AttributeEncoder) {
+			a.Uint32(unix.NFTA_META_KEY, key)
+			a.Uint32(unix.NFTA_META_DREG, unix.NFT_REG_1)
+		}),
+		compare(unix.NFT_CMP_EQ, padded),
+	}
+}
+
+// removeRules removes the naive table.
+func removeRules(n *lab.Node) error {
 	var b batch
 	b.table(unix.NFT_MSG_NEWTABLE)
 	b.table(unix.NFT_MSG_DELTABLE)
@@ -162,10 +214,14 @@ func (b *batch) table(message uint16) {
 }
 
 func (b *batch) natChain(name string, hook uint32, priority int32) {
+	b.chain(name, "nat", hook, priority)
+}
+
+func (b *batch) chain(name, kind string, hook uint32, priority int32) {
 	b.change(unix.NFT_MSG_NEWCHAIN, netlink.Create, func(a *netlink.AttributeEncoder) {
 		a.String(unix.NFTA_CHAIN_TABLE, naiveTable)
 		a.String(unix.NFTA_CHAIN_NAME, name)
-		a.String(unix.NFTA_CHAIN_TYPE, "nat")
+		a.String(unix.NFTA_CHAIN_TYPE, kind)
 		a.Nested(unix.NFTA_CHAIN_HOOK, func(a *netlink.AttributeEncoder) error {
 			a.Uint32(unix.NFTA_HOOK_HOOKNUM, hook)
 			a.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(priority))

@@ -35,7 +35,7 @@ type Scenario struct {
 func All() []Scenario {
 	return []Scenario{
 		hairpinSelf, hairpinSameNode, hairpinSameSubnet, hairpinAvoidSelf,
-		rpFilterStrict, asymmetricReturn,
+		rpFilterStrict, asymmetricReturn, externalSNAT,
 		vipOnDummyRefused, vipExposesHost, healthCheckVIPSource,
 		failOpen, emptyBackends, replyTupleMismatch, nodeToOwnVIP,
 		proxyProtocolServerFirst, staleUDP,

@@ -155,7 +155,7 @@ func (s *site) bind(n *lab.Node) error {
 
 // forward gives a node naive rules for the time of the set-up.
 func (s *site) forward(n *lab.Node, rules ...naiveRule) error {
-	s.later(func() error { return undnat(n) })
+	s.later(func() error { return removeRules(n) })
 	return dnat(n, rules...)
 }
 

@@ -110,7 +110,10 @@ func TestDrawings(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer top.Close()
-			there := map[string]bool{lab.VIP4.String(): true, "0.0.0.0": true, "10.0.1.0": true, "10.0.2.11": sc.Drawing == multiHomedDrawing}
+			there := map[string]bool{
+				lab.VIP4.String(): true, "0.0.0.0": true, "10.0.1.0": true,
+				"10.0.2.11": sc.Drawing == multiHomedDrawing, // second addresses
+			}
 			for _, n := range top.Nodes() {
 				there[n.Addr4.String()] = true
 			}
