@@ -311,26 +311,28 @@ func (c Cell) words(s *site, caller *lab.Node) string {
 	return role(c.Sees)
 }
 
-// How rates are measured: calls in a batch, at a time, and how often each way is
-// measured, in turns. The best of each counts, since all that others do on the
-// machine makes it slower.
+// How rates are measured: calls in a batch, and at a time.
 const (
 	rateCalls    = 300
 	rateParallel = 4
-	rateRounds   = 10
 )
 
+// RateRounds is how often MeasureRates should measure for people: about four
+// seconds on a quiet machine.
+const RateRounds = 10
+
 // MeasureRates measures how fast connections are made by each mode, beside those
-// that no balancer touches. It says what a mode costs on this machine, roughly:
-// client, balancer and target share its cores.
-func MeasureRates(ctx context.Context, o Options) ([]Rate, error) {
+// that no balancer touches, in turns, a number of rounds. The best of each counts,
+// since all that others do on the machine makes it slower. It says what a mode
+// costs roughly: client, balancer and target share the machine's cores.
+func MeasureRates(ctx context.Context, o Options, rounds int) ([]Rate, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	best := make([]float64, len(Modes)+1)
 	routed := comparedNets[0]
 	err := routed.withNLB(ctx, o, func(s *site) error {
 		direct := target(s.Targets[0])
-		for range rateRounds {
+		for range rounds {
 			for i := range best {
 				dst := direct
 				if i > 0 {

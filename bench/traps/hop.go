@@ -64,7 +64,7 @@ const mostHops = 40
 // hops pairs what nodes sent with what others received.
 func hops(all []sighting) []Hop {
 	taken := make([]bool, len(all))
-	var path []Hop
+	path := []Hop{} // not nil: an array in JSON, too
 	for i, p := range all {
 		if taken[i] || len(path) == mostHops {
 			continue

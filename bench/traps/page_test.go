@@ -87,7 +87,7 @@ func TestCompare(t *testing.T) {
 // TestMeasureRates measures; what comes out is the machine's affair.
 func TestMeasureRates(t *testing.T) {
 	t.Parallel()
-	rates, err := MeasureRates(soon(t), Options{Program: program})
+	rates, err := MeasureRates(soon(t), Options{Program: program}, 1)
 	if err != nil {
 		t.Fatal(err)
 	}

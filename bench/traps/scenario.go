@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"nlb/bench/lab"
 )
 
@@ -54,8 +56,9 @@ type Finding struct {
 
 // The verdicts of a Result.
 const (
-	Pass   = "pass"   // the naive set-up failed for its reason, and the cure works
-	Broken = "broken" // one of these did not come out
+	Pass        = "pass"        // the naive set-up failed for its reason, and the cure works
+	Broken      = "broken"      // one of these did not come out
+	Unsupported = "unsupported" // the kernel lacks something: see Result.Missing
 )
 
 // A Result is what became of a scenario.
@@ -65,6 +68,8 @@ type Result struct {
 	Naive     Finding `json:"naive"`
 	Cure      Finding `json:"cure"`
 	Verdict   string  `json:"verdict"`
+	// Missing is what the kernel said it does not support, if Supported is false.
+	Missing string `json:"missing,omitempty"`
 	// Namespaces are those that were kept.
 	Namespaces []string `json:"namespaces,omitempty"`
 	Seconds    float64  `json:"seconds"`
@@ -96,8 +101,23 @@ const (
 )
 
 // Run runs a scenario. The error says that it could not be run; one that did not
-// come out has a Result that says so.
-func Run(ctx context.Context, sc Scenario, o Options) (r Result, err error) {
+// come out, or that the kernel does not support, has a Result that says so.
+func Run(ctx context.Context, sc Scenario, o Options) (Result, error) {
+	r, err := run(ctx, sc, o)
+	if lacking(err) && !errors.Is(err, ErrLeft) {
+		none := Finding{Path: []Hop{}}
+		return Result{Scenario: sc.Name, Naive: none, Cure: none, Verdict: Unsupported, Missing: err.Error()}, nil
+	}
+	return r, err
+}
+
+// lacking tells the errors of a kernel that was built without something: a kind
+// of link, nf_tables, a family of sockets.
+func lacking(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT)
+}
+
+func run(ctx context.Context, sc Scenario, o Options) (r Result, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	begun := time.Now()

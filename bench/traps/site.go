@@ -62,6 +62,9 @@ func newSite(sc Scenario, o Options) (*site, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, err := sweep(lab.Sweep); err != nil {
+		return nil, errors.Join(err, unix.Close(clock))
+	}
 	wants := sc.options
 	wants.Keep = o.Keep
 	top, err := sc.build(wants)
@@ -109,8 +112,11 @@ func (s *site) close() error {
 
 // RemoveKept removes what Options.Keep left of runs whose process has ended, and
 // returns the names of the namespaces.
-func RemoveKept() ([]string, error) {
-	removed, err := lab.SweepKept()
+func RemoveKept() ([]string, error) { return sweep(lab.SweepKept) }
+
+// sweep removes namespaces of dead processes, and the files of their labs.
+func sweep(namespaces func() ([]string, error)) ([]string, error) {
+	removed, err := namespaces()
 	errs := []error{err}
 	for _, name := range removed {
 		prefix := name[:strings.LastIndexByte(name, '-')+1]

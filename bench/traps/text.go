@@ -21,6 +21,10 @@ type page struct {
 // least MinWidth.
 func Text(sc Scenario, r Result, width int) string {
 	b := page{width: max(width, MinWidth)}
+	if r.Verdict == Unsupported {
+		b.paragraph(sc.Name+": ", "not supported by this kernel: "+r.Missing)
+		return b.String()
+	}
 	mark := map[string]string{Pass: "PASS", Broken: "BROKEN"}[r.Verdict]
 	b.paragraph(sc.Name+": ", sc.Title)
 	fmt.Fprintf(&b, "%s\n\n", sc.Drawing)

@@ -1,18 +1,28 @@
 package traps
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
 )
@@ -34,13 +44,25 @@ func testMain(m *testing.M) int {
 	defer os.RemoveAll(dir)
 	program = filepath.Join(dir, "nlb")
 	if named := os.Getenv("NLB_BINARY"); named != "" {
-		if program, err = filepath.Abs(named); err != nil {
+		// Tests run in their package's folder, the name is meant from the module's.
+		if program = named; !filepath.IsAbs(named) {
+			program, err = filepath.Abs(filepath.Join("..", "..", named))
+		}
+		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
 	} else if out, err := exec.Command("go", "build", "-o", program, "nlb/cmd/nlb").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "build nlb: %v\n%s", err, out)
 		return 1
+	}
+	// Scenarios wait, mostly, for calls that hang.
+	flag.Parse()
+	if flag.Lookup("test.parallel").Value.String() == strconv.Itoa(runtime.GOMAXPROCS(0)) {
+		if err := flag.Set("test.parallel", "8"); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 	}
 	code := m.Run()
 	if err := goleak.Find(); err != nil && code == 0 {
@@ -91,6 +113,97 @@ func TestScenariosWithoutCure(t *testing.T) {
 				t.Errorf("%+v", r)
 			}
 		})
+	}
+}
+
+// TestUnsupported is a kernel that lacks something: no failure of anybody's, and
+// no success.
+func TestUnsupported(t *testing.T) {
+	sc := hairpinSelf
+	sc.naive = func(context.Context, *site) (Finding, error) {
+		return Finding{}, fmt.Errorf("table ip naive: %w", unix.EOPNOTSUPP)
+	}
+	r, err := Run(soon(t), sc, Options{Program: program})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Supported || r.Verdict != Unsupported || !strings.Contains(r.Missing, "not supported") {
+		t.Errorf("%+v", r)
+	}
+	if text := Text(sc, r, 0); !strings.Contains(text, "not supported by this kernel: ") {
+		t.Errorf("%q", text)
+	}
+}
+
+// TestKeepAndCaptures has the command leave a lab and its packets, and nothing
+// once they are removed.
+func TestKeepAndCaptures(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	out, err := exec.CommandContext(soon(t), program, "lab", "run", "hairpin-self", "--keep", "--pcap", dir, "-o", "json").Output()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	var results []Result
+	if err := json.Unmarshal(out, &results); err != nil {
+		t.Fatal(err)
+	}
+	kept := results[0].Namespaces
+	for _, name := range kept {
+		if _, err := os.Stat(filepath.Join("/run/netns", name)); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, name := range []string{"hairpin-self-naive-t1.pcap", "hairpin-self-cure-lb.pcap"} {
+		text, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil || len(text) <= 24 || binary.LittleEndian.Uint32(text) != 0xa1b23c4d {
+			t.Errorf("%s: %d bytes, %v", name, len(text), err)
+		}
+	}
+	removed, err := RemoveKept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range kept {
+		if !slices.Contains(removed, name) {
+			t.Errorf("%s was not removed", name)
+		}
+	}
+	prefix := kept[0][:strings.LastIndexByte(kept[0], '-')+1]
+	if _, err := os.Stat(files(prefix)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("its files are left: %v", err)
+	}
+}
+
+// TestInterrupt ends the command in the middle: it removes everything.
+func TestInterrupt(t *testing.T) {
+	t.Parallel()
+	cmd := exec.CommandContext(soon(t), program, "lab", "run", "hairpin-self")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	mine := func() []string {
+		found, _ := filepath.Glob(fmt.Sprintf("/run/netns/nlb-%d-*", cmd.Process.Pid))
+		more, _ := filepath.Glob(filepath.Join(os.TempDir(), fmt.Sprintf("nlb-%d-*", cmd.Process.Pid)))
+		return append(found, more...)
+	}
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for ctx := soon(t); len(mine()) == 0; {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("it never made a namespace: %s", &stderr)
+		}
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	if left := mine(); len(left) > 0 || cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("%v, left %v\n%s", cmd.ProcessState, left, &stderr)
 	}
 }
 

@@ -91,6 +91,9 @@ Exit codes: 0 every naive set-up failed as described and every cure works, 1 oth
 			if err != nil {
 				return err
 			}
+			if err := needRoot(); err != nil {
+				return err
+			}
 			if options.Program, err = os.Executable(); err != nil {
 				return err
 			}
@@ -122,6 +125,9 @@ func newLabCompare() *cobra.Command {
 of its caller, or why the call failed. It measures how fast connections are made, too.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := needRoot(); err != nil {
+				return err
+			}
 			program, err := os.Executable()
 			if err != nil {
 				return err
@@ -152,7 +158,7 @@ func compareModes(ctx context.Context, o traps.Options, rates bool, p *progress)
 		return c, err
 	}
 	p.say("rates of connections")
-	c.Rates, err = traps.MeasureRates(ctx, o)
+	c.Rates, err = traps.MeasureRates(ctx, o, traps.RateRounds)
 	return c, err
 }
 
@@ -181,6 +187,13 @@ func untilHangup(ctx context.Context) (context.Context, context.CancelFunc) {
 		stop()
 		signal.Stop(pipes)
 	}
+}
+
+func needRoot() error {
+	if os.Geteuid() != 0 {
+		return errors.New("the lab needs root, because it makes network namespaces")
+	}
+	return nil
 }
 
 func completeScenarios(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
