@@ -169,9 +169,11 @@ type recording struct {
 	done chan struct{} // closed when the reader has ended
 
 	mu      sync.Mutex
-	names   map[int]string // guarded by mu; of interfaces, by index
-	packets []Packet       // guarded by mu
-	missed  int            // guarded by mu
+	packet  [SnapLength]byte // guarded by mu; the one being read
+	control [128]byte        // guarded by mu; its control messages
+	names   map[int]string   // guarded by mu; of interfaces, by index
+	packets []Packet         // guarded by mu
+	missed  int              // guarded by mu
 }
 
 // SOCK_DGRAM packets come without their link's header.
@@ -216,40 +218,48 @@ func listenPackets(fd, index int) error {
 	return nil
 }
 
+// read takes packets as they come, until the socket is closed.
 func (r *recording) read() {
 	defer close(r.done)
-	data, control := make([]byte, SnapLength), make([]byte, 128)
 	for {
-		n, ctl := 0, 0
-		var from unix.Sockaddr
-		var recv error
 		err := r.raw.Read(func(fd uintptr) bool {
-			// MSG_TRUNC returns the true length of what does not fit.
-			n, ctl, _, from, recv = unix.Recvmsg(int(fd), data, control, unix.MSG_TRUNC)
-			return !errors.Is(recv, unix.EAGAIN)
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return r.take(fd)
 		})
 		if err != nil {
 			return // closed
 		}
-		link, ok := from.(*unix.SockaddrLinklayer)
-		if recv != nil || !ok {
-			continue // the interface went down
-		}
-		p, ok := decodePacket(data[:min(n, len(data))])
-		if !ok {
-			continue
-		}
-		p.Time, p.Out = timestamp(control[:ctl]), link.Pkttype == unix.PACKET_OUTGOING
-		if r.data {
-			p.Data = bytes.Clone(data[:min(n, len(data))])
-		}
-		r.record(p, link.Ifindex)
 	}
 }
 
+// take records the packet that the socket has, and reports false if there is
+// none. It is called with mu held.
+func (r *recording) take(fd uintptr) bool {
+	// MSG_TRUNC returns the true length of what does not fit.
+	n, ctl, _, from, err := unix.Recvmsg(int(fd), r.packet[:], r.control[:], unix.MSG_TRUNC)
+	if errors.Is(err, unix.EAGAIN) {
+		return false
+	}
+	link, ok := from.(*unix.SockaddrLinklayer)
+	if err != nil || !ok {
+		return true // the interface went down
+	}
+	data := r.packet[:min(n, len(r.packet))]
+	p, ok := decodePacket(data)
+	if !ok {
+		return true
+	}
+	p.Time, p.Out = timestamp(r.control[:ctl]), link.Pkttype == unix.PACKET_OUTGOING
+	if r.data {
+		p.Data = bytes.Clone(data)
+	}
+	r.record(p, link.Ifindex)
+	return true
+}
+
+// record is called with mu held.
 func (r *recording) record(p Packet, index int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	if len(r.packets) >= captureLimit {
 		r.missed++
 		return
@@ -289,6 +299,9 @@ func (s *server) packets(_ context.Context, _ uint64, h handle) ([]Packet, error
 	defer r.mu.Unlock()
 	var drops int
 	err = r.raw.Control(func(fd uintptr) {
+		// The reader may not have had its turn since the last packet came.
+		for r.take(fd) {
+		}
 		// Reading the statistics resets them.
 		if st, err := unix.GetsockoptTpacketStats(int(fd), unix.SOL_PACKET, unix.PACKET_STATISTICS); err == nil {
 			drops = int(st.Drops)

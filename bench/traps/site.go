@@ -223,11 +223,11 @@ func (s *site) packets(ctx context.Context, n *lab.Node) ([]lab.Packet, error) {
 	})
 }
 
-// captureLag is how long a busy machine may take to read a capture.
+// captureLag is how long a busy machine may take to bring a packet along.
 const captureLag = 2 * time.Second
 
 // seen finds the first packet that a node recorded and match holds for, and gives
-// the capture some time to have it.
+// the packet some time to come.
 func (s *site) seen(ctx context.Context, n *lab.Node, match func(lab.Packet) bool) (p lab.Packet, found bool, err error) {
 	end := time.NewTimer(captureLag)
 	defer end.Stop()

@@ -219,6 +219,11 @@ var staleUDP = Scenario{
 
 func keepsStale(ctx context.Context, s *site) (f Finding, err error) {
 	c1, t1, t2 := s.Clients[0], s.Targets[0], s.Targets[1]
+	// A client keeps its flow tracked by sending. This one must not lose it to a
+	// pause of the machine that is longer than the kernel's 30 s.
+	if err := s.LB.Sysctl("net.netfilter.nf_conntrack_udp_timeout", "600"); err != nil {
+		return f, err
+	}
 	if err := s.targets(ctx, t2); err != nil {
 		return f, err
 	}
