@@ -23,7 +23,7 @@ var failOpen = Scenario{
 	Naive:   "a target that fails its check takes no flows, even the last",
 	Why: "One mistake, here a check of the wrong port, is the end of a service that works. A balancer that sends to " +
 		"all of them instead, and does not say so, hides that there are no checks any more.",
-	Cure:  "fail_open (the default): new flows go to all targets, and status, metrics and the log say so.",
+	Cure:  "fail_open (the default): new flows go to all targets, and status and the log say so.",
 	build: lab.Routed, hideProbes: true,
 	naive: failClosed,
 	cure: func(ctx context.Context, s *site) (f Finding, err error) {
