@@ -299,8 +299,8 @@ func (e *Explainer) ownSources(bits int) (own []netip.Addr) {
 	return own
 }
 
-// sourceSlot is which of so many sources a flow gets, as it is after the choice of its
-// target. One needs no hash, but does no harm.
+// sourceSlot is which of so many sources a flow gets, by the addresses and ports that it
+// has once its destination is rewritten.
 func (e *Explainer) sourceSlot(flow maglev.Flow, n int) int {
 	return maglev.Slot(flow.Hash(false, e.sourceSeed), n)
 }

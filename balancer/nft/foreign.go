@@ -2,7 +2,6 @@ package nft
 
 import (
 	"cmp"
-	"encoding/binary"
 	"fmt"
 	"slices"
 
@@ -14,8 +13,7 @@ import (
 type Foreign struct {
 	chains map[foreignName]*foreignChain
 	bases  []*foreignChain // sorted by hook and priority
-	// elements reads a set when a rule first asks for it; nil, if it cannot be told.
-	sets map[foreignName]*foreignSet
+	sets   map[foreignName]*foreignSet
 }
 
 // A foreignName is a chain's or a set's: its table's family and name, and its own.
@@ -207,6 +205,3 @@ type verdict struct {
 func parseVerdict(b []byte) *verdict {
 	return &verdict{int32(be32(find(b, unix.NFTA_VERDICT_CODE))), text(find(b, unix.NFTA_VERDICT_CHAIN))}
 }
-
-// native is a 32-bit number as registers have it.
-func native(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }

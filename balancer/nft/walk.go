@@ -356,7 +356,7 @@ func interfaceName(name string) []byte {
 func ctOfNew(key uint32) []byte {
 	switch key {
 	case unix.NFT_CT_STATE:
-		return native(ctNew)
+		return native32(ctNew)
 	case unix.NFT_CT_DIRECTION:
 		return []byte{0}
 	}
