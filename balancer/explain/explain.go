@@ -30,7 +30,8 @@ type Explainer struct {
 	pools map[string]*pool
 	base  int
 
-	groupSeed, targetSeed, sourceSeed uint32
+	groupSeed, sourceSeed uint32
+	targetSeeds           [maglev.Tries]uint32
 	// untracked are services that no rule of NAT sees.
 	untracked map[*balancer.VirtualService]bool
 }
@@ -40,9 +41,9 @@ type Explainer struct {
 func New(spec *balancer.Spec, t *balancer.Table) *Explainer {
 	e := &Explainer{
 		spec: spec, table: t, pools: make(map[string]*pool, len(t.Pools)), base: maglev.BaseFor(len(t.Pools)),
-		groupSeed:  maglev.Seed(t.Key, maglev.SeedGroup),
-		targetSeed: maglev.Seed(t.Key, maglev.SeedTarget),
-		sourceSeed: maglev.Seed(t.Key, maglev.SeedSource),
+		groupSeed:   maglev.Seed(t.Key, maglev.SeedGroup),
+		targetSeeds: maglev.Seeds(t.Key),
+		sourceSeed:  maglev.Seed(t.Key, maglev.SeedSource),
 	}
 	if t.UntrackedRelay {
 		e.untracked = make(map[*balancer.VirtualService]bool)
@@ -199,12 +200,14 @@ func (e *Explainer) choose(q Question, s *balancer.VirtualService) fate {
 		return e.relay(f, flow, p)
 	}
 	table := e.slotsOf(p, q.Destination.Addr().BitLen())
-	hash := flow.Hash(p.Sticky, e.targetSeed)
 	if len(table.owner) == 0 {
 		return f.dropped(ReasonNoTarget)
 	}
-	slot := maglev.Slot(hash, len(table.owner))
+	slot := maglev.Slot(e.aim(flow, p, table), len(table.owner))
 	to := table.destinations[table.owner[slot]]
+	if p.Destinations[to].Weight == 0 {
+		to = p.firstTaking(table)
+	}
 	if p.relays(to) {
 		return e.relay(f, flow, p)
 	}
@@ -226,6 +229,17 @@ func (e *Explainer) choose(q Question, s *balancer.VirtualService) fate {
 	}
 	f.to = &p.Destinations[to]
 	return f.sent(q)
+}
+
+// aim is the hash that the flow is sent by.
+func (e *Explainer) aim(flow maglev.Flow, p *pool, table *slots) uint32 {
+	return flow.Aim(p.Sticky, &e.targetSeeds, table.owner, func(i int32) bool { return p.Destinations[table.destinations[i]].Weight > 0 })
+}
+
+// firstTaking is the first destination that takes new flows, which there is where
+// others keep hashes without.
+func (p *pool) firstTaking(s *slots) int {
+	return s.destinations[slices.IndexFunc(s.destinations, func(d int) bool { return p.Destinations[d].Weight > 0 })]
 }
 
 func flowOf(q Question) maglev.Flow {
@@ -266,11 +280,18 @@ func (e *Explainer) relay(f fate, flow maglev.Flow, p *pool) fate {
 	bits := flow.Destination.Addr().BitLen()
 	for _, b := range []int{bits, otherFamily(bits)} {
 		table := e.slotsOf(p, b)
-		at := maglev.From(table.owner, flow.Hash(p.Sticky, e.targetSeed), func(i int32) bool { return p.relays(table.destinations[i]) })
-		if at >= 0 {
-			f.to = &p.Destinations[table.destinations[at]]
-			return f
+		takes := func(d int) bool { return p.relays(d) && p.Destinations[d].Weight > 0 }
+		if !slices.ContainsFunc(table.destinations, takes) {
+			continue
 		}
+		hash := e.aim(flow, p, table)
+		to := table.destinations[maglev.From(table.owner, hash, func(i int32) bool { return takes(table.destinations[i]) })]
+		own := table.destinations[table.owner[maglev.Slot(hash, len(table.owner))]]
+		if first := p.firstTaking(table); p.Destinations[own].Weight == 0 && takes(first) {
+			to = first
+		}
+		f.to = &p.Destinations[to]
+		return f
 	}
 	return f.dropped(ReasonNoTarget)
 }
@@ -395,7 +416,7 @@ func (e *Explainer) slotsOf(p *pool, bits int) *slots {
 		d := &p.Destinations[i]
 		if d.Address.BitLen() == bits {
 			s.destinations = append(s.destinations, i)
-			entries = append(entries, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Weight})
+			entries = append(entries, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Dealt()})
 		}
 	}
 	s.owner = maglev.Build(e.table.Key, e.base, maglev.Size(e.base, len(entries)), entries)

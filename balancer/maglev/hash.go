@@ -32,7 +32,7 @@ const Tries = 24
 
 // Seeds derives the seeds of those hashes from the key.
 func Seeds(key [16]byte) (seeds [Tries]uint32) {
-	seeds[0] = Seed(key, "target")
+	seeds[0] = Seed(key, "target") // one more would deal all flows anew
 	for i := 1; i < Tries; i++ {
 		seeds[i] = Seed(key, fmt.Sprint("target ", i))
 	}

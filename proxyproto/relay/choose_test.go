@@ -143,10 +143,10 @@ func TestChooseGolden(t *testing.T) {
 	}
 	s := p.services[vip4]
 	key := []byte{203, 0, 113, 9, 198, 51, 100, 10, 0x9c, 0x40, 0, 0, 0, 80, 0, 0, 6, 0, 0, 0}
-	if got, want := s.hash(port(client4, 40000), false, 7), maglev.JHash(key, 7); got != want {
+	if got, want := s.flow(port(client4, 40000)).Hash(false, 7), maglev.JHash(key, 7); got != want {
 		t.Errorf("hash %#x, want %#x", got, want)
 	}
-	if got, want := s.hash(port(client4, 40000), true, 7), maglev.JHash(key[:4], 7); got != want {
+	if got, want := s.flow(port(client4, 40000)).Hash(true, 7), maglev.JHash(key[:4], 7); got != want {
 		t.Errorf("sticky hash %#x, want %#x", got, want)
 	}
 }

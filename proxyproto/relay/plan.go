@@ -274,7 +274,7 @@ func (s *service) choose(client netip.AddrPort) (*pool, uint32) {
 	case 1:
 		in = s.shares[0].pool
 	default:
-		in = s.share(maglev.Slot(s.hash(client, s.sticky, s.seed), int(s.total)))
+		in = s.share(maglev.Slot(s.flow(client).Hash(s.sticky, s.seed), int(s.total)))
 	}
 	if !in.relayed {
 		return nil, 0
@@ -284,15 +284,10 @@ func (s *service) choose(client netip.AddrPort) (*pool, uint32) {
 
 // aim is the first of the client's hashes that leads to a destination which takes
 // new connections, or the last of them.
-func (s *service) aim(client netip.AddrPort, in *pool) (hash uint32) {
+func (s *service) aim(client netip.AddrPort, in *pool) uint32 {
 	f := in.family(s.vip.Addr())
-	for _, seed := range in.seeds {
-		hash = s.hash(client, in.sticky, seed)
-		if len(f.slots) == 0 || f.destinations[f.slots[maglev.Slot(hash, len(f.slots))]].weight > 0 {
-			return hash
-		}
-	}
-	return hash
+	takes := func(d int32) bool { return f.destinations[d].weight > 0 }
+	return s.flow(client).Aim(in.sticky, &in.seeds, f.slots, takes)
 }
 
 func (s *service) share(at int) *pool {
@@ -304,8 +299,8 @@ func (s *service) share(at int) *pool {
 	panic("relay: a group hash is beyond all shares")
 }
 
-func (s *service) hash(client netip.AddrPort, sticky bool, seed uint32) uint32 {
-	return maglev.Flow{Source: client, Destination: s.vip, Protocol: balancer.ProtoTCP}.Hash(sticky, seed)
+func (s *service) flow(client netip.AddrPort) maglev.Flow {
+	return maglev.Flow{Source: client, Destination: s.vip, Protocol: balancer.ProtoTCP}
 }
 
 // family returns the destinations for clients of a VIP: its own family's, or
