@@ -146,7 +146,8 @@ func (s *site) addGroup(rng *rand.Rand, name string) {
 		} else {
 			t.Address = addr(fmt.Sprintf("2001:db8:1::%d", n))
 		}
-		if pick(30) {
+		// Where clients are kept from their own host, several targets share one.
+		if pick(30) || g.AvoidSelf {
 			t.Colocated = prefixes(fmt.Sprintf("10.244.%d.0/24", rng.IntN(3)), fmt.Sprintf("2001:db8:1:f%d::/64", rng.IntN(3)))
 			s.clients = append(s.clients, t.Colocated...)
 		}
