@@ -257,6 +257,10 @@ type work struct {
 	writes   uint64
 	crowd    int             // verdicts about the crowd
 	verdicts []time.Duration // about sentinels, from the answer to the end of the pass, sorted
+	// reconciler is within what time the reconciler had its verdicts in the kernel,
+	// and how many of how many it had within 100 ms.
+	reconciler    time.Duration
+	soon, decided uint64
 }
 
 func (w work) median() time.Duration { return w.verdicts[len(w.verdicts)/2] }
@@ -266,14 +270,29 @@ func (w work) String() string {
 	if n := len(w.verdicts); n > 0 {
 		s += fmt.Sprintf(", in the kernel after %v (median) to %v", w.verdicts[n/2], w.verdicts[n-1])
 	}
-	return s
+	return s + fmt.Sprintf("; the reconciler's part: %d verdicts, %d within 100 ms, all within %v", w.decided, w.soon, w.reconciler)
+}
+
+// count takes what the daemon counted between two looks.
+func (w *work) count(before, after control.Latency) {
+	w.decided = after.Count - before.Count
+	for i, b := range after.Buckets {
+		n := b.Count - before.Buckets[i].Count
+		bound := time.Duration(b.LeSeconds * float64(time.Second))
+		if bound == 100*time.Millisecond {
+			w.soon = n
+		}
+		if n == w.decided && w.reconciler == 0 {
+			w.reconciler = bound
+		}
+	}
 }
 
 // measure has one network's sentinels fail and return, one after the other.
 func (w *workload) measure(t *testing.T, d *daemon, net int) work {
 	t.Helper()
 	logged := len(d.log.String())
-	writes, cpu, begun := d.status().Apply.WritesTotal, workCPU(t, d), time.Now()
+	before, cpu, begun := d.status().Apply, workCPU(t, d), time.Now()
 	tick := time.NewTicker(workPace)
 	defer tick.Stop()
 	for i := range workSentinels + workOutage {
@@ -285,8 +304,9 @@ func (w *workload) measure(t *testing.T, d *daemon, net int) work {
 		}
 		<-tick.C
 	}
-	span := time.Since(begun)
-	out := work{cpu: float64(workCPU(t, d)-cpu) / float64(span), writes: d.status().Apply.WritesTotal - writes}
+	span, after := time.Since(begun), d.status().Apply
+	out := work{cpu: float64(workCPU(t, d)-cpu) / float64(span), writes: after.WritesTotal - before.WritesTotal}
+	out.count(before.Latency, after.Latency)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, m := range workLine.FindAllStringSubmatch(d.log.String()[logged:], -1) {
