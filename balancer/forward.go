@@ -177,20 +177,21 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 
 		ProxyProtocol: g.ProxyProtocol,
 	}
-	var able []int
 	for _, t := range status.Targets {
 		if t.State == Unused && !t.Terminate {
 			continue
 		}
-		able = append(able, 0)
-		if t.able() {
-			able[len(able)-1] = t.Target.Weight
+		// The second choice of avoid_self is dealt too, and by who takes new flows.
+		kept := 0
+		if t.able() && t.Share == 0 && !g.AvoidSelf {
+			kept = t.Target.Weight
 		}
 		route := seen.Routes[t.Target.Address]
 		p.Destinations = append(p.Destinations, Destination{
 			Address:   t.Target.Address,
 			Port:      t.Target.Port,
 			Weight:    t.Share,
+			Kept:      kept,
 			ClientIP:  t.Target.ClientIP,
 			Terminate: t.Terminate,
 			Leaves:    (t.Removed || t.Cut) && g.Protocol != TCP,
@@ -198,34 +199,7 @@ func pool(spec *Spec, g *TargetGroup, status TargetGroupStatus, seen View) Pool 
 			Source:    source(spec, t.Target.Address, route),
 		})
 	}
-	// The second choice of avoid_self is dealt too, and by who takes new flows.
-	if !p.AvoidSelf {
-		for _, bits := range []int{32, 128} {
-			p.keepHashes(bits, able)
-		}
-	}
 	return p
-}
-
-// keepHashes has destinations of a family keep their hashes while their health is
-// against them, and able has what they would take. As long as the others have a
-// quarter of the weight, drawing again finds one of those soon.
-func (p *Pool) keepHashes(bits int, able []int) {
-	take, out := 0, 0
-	for i := range p.Destinations {
-		if d := &p.Destinations[i]; d.Address.BitLen() == bits {
-			take += d.Weight
-			out += able[i] - d.Weight
-		}
-	}
-	if out > 3*take {
-		return
-	}
-	for i := range p.Destinations {
-		if d := &p.Destinations[i]; d.Address.BitLen() == bits && d.Weight == 0 {
-			d.Kept = able[i]
-		}
-	}
 }
 
 // domain lists what counts as the target's own host.

@@ -90,7 +90,7 @@ type Destination struct {
 	Weight int
 	// Kept is the weight by which a destination without a Weight keeps its hashes:
 	// it is only its health that is against it, and whose hash leads to it draws
-	// again, see maglev.Seeds. So a verdict moves no hash.
+	// again, see maglev.Spare. So a verdict moves nobody else's.
 	Kept int `json:",omitzero"`
 	// ClientIP is its own, if it is not the Pool's.
 	ClientIP ClientIP `json:",omitzero"`

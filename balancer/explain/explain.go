@@ -30,8 +30,7 @@ type Explainer struct {
 	pools map[string]*pool
 	base  int
 
-	groupSeed, sourceSeed uint32
-	targetSeeds           [maglev.Tries]uint32
+	groupSeed, targetSeed, spareSeed, sourceSeed uint32
 	// untracked are services that no rule of NAT sees.
 	untracked map[*balancer.VirtualService]bool
 }
@@ -41,9 +40,10 @@ type Explainer struct {
 func New(spec *balancer.Spec, t *balancer.Table) *Explainer {
 	e := &Explainer{
 		spec: spec, table: t, pools: make(map[string]*pool, len(t.Pools)), base: maglev.BaseFor(len(t.Pools)),
-		groupSeed:   maglev.Seed(t.Key, maglev.SeedGroup),
-		targetSeeds: maglev.Seeds(t.Key),
-		sourceSeed:  maglev.Seed(t.Key, maglev.SeedSource),
+		groupSeed:  maglev.Seed(t.Key, maglev.SeedGroup),
+		targetSeed: maglev.Seed(t.Key, maglev.SeedTarget),
+		spareSeed:  maglev.Seed(t.Key, maglev.SeedSpare),
+		sourceSeed: maglev.Seed(t.Key, maglev.SeedSource),
 	}
 	if t.UntrackedRelay {
 		e.untracked = make(map[*balancer.VirtualService]bool)
@@ -200,14 +200,12 @@ func (e *Explainer) choose(q Question, s *balancer.VirtualService) fate {
 		return e.relay(f, flow, p)
 	}
 	table := e.slotsOf(p, q.Destination.Addr().BitLen())
-	if len(table.owner) == 0 {
+	owner, hash := e.aim(flow, p, table)
+	if len(owner) == 0 {
 		return f.dropped(ReasonNoTarget)
 	}
-	slot := maglev.Slot(e.aim(flow, p, table), len(table.owner))
-	to := table.destinations[table.owner[slot]]
-	if p.Destinations[to].Weight == 0 {
-		to = p.firstTaking(table)
-	}
+	slot := maglev.Slot(hash, len(owner))
+	to := table.destinations[owner[slot]]
 	if p.relays(to) {
 		return e.relay(f, flow, p)
 	}
@@ -231,15 +229,14 @@ func (e *Explainer) choose(q Question, s *balancer.VirtualService) fate {
 	return f.sent(q)
 }
 
-// aim is the hash that the flow is sent by.
-func (e *Explainer) aim(flow maglev.Flow, p *pool, table *slots) uint32 {
-	return flow.Aim(p.Sticky, &e.targetSeeds, table.owner, func(i int32) bool { return p.Destinations[table.destinations[i]].Weight > 0 })
-}
-
-// firstTaking is the first destination that takes new flows, which there is where
-// others keep hashes without.
-func (p *pool) firstTaking(s *slots) int {
-	return s.destinations[slices.IndexFunc(s.destinations, func(d int) bool { return p.Destinations[d].Weight > 0 })]
+// aim is the slots that the flow is sent by, and its hash into them: the spare ones if
+// its slot is that of a destination which takes no new flows.
+func (e *Explainer) aim(flow maglev.Flow, p *pool, s *slots) (owner []int32, hash uint32) {
+	hash = flow.Hash(p.Sticky, e.targetSeed)
+	if len(s.owner) == 0 || p.Destinations[s.destinations[s.owner[maglev.Slot(hash, len(s.owner))]]].Weight > 0 {
+		return s.owner, hash
+	}
+	return s.spare, flow.Hash(p.Sticky, e.spareSeed)
 }
 
 func flowOf(q Question) maglev.Flow {
@@ -284,13 +281,9 @@ func (e *Explainer) relay(f fate, flow maglev.Flow, p *pool) fate {
 		if !slices.ContainsFunc(table.destinations, takes) {
 			continue
 		}
-		hash := e.aim(flow, p, table)
-		to := table.destinations[maglev.From(table.owner, hash, func(i int32) bool { return takes(table.destinations[i]) })]
-		own := table.destinations[table.owner[maglev.Slot(hash, len(table.owner))]]
-		if first := p.firstTaking(table); p.Destinations[own].Weight == 0 && takes(first) {
-			to = first
-		}
-		f.to = &p.Destinations[to]
+		owner, hash := e.aim(flow, p, table)
+		at := maglev.From(owner, hash, func(i int32) bool { return takes(table.destinations[i]) })
+		f.to = &p.Destinations[table.destinations[at]]
 		return f
 	}
 	return f.dropped(ReasonNoTarget)
@@ -396,6 +389,7 @@ type pool struct {
 type slots struct {
 	destinations []int
 	owner        []int32
+	spare        []int32 // dealt among those that take new flows
 	second       []int32
 }
 
@@ -411,15 +405,18 @@ func (e *Explainer) slotsOf(p *pool, bits int) *slots {
 		return p.slots[bits]
 	}
 	s := &slots{}
-	var entries []maglev.Entry
+	var entries, takers []maglev.Entry
 	for i := range p.Destinations {
 		d := &p.Destinations[i]
 		if d.Address.BitLen() == bits {
 			s.destinations = append(s.destinations, i)
 			entries = append(entries, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Dealt()})
+			takers = append(takers, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Weight})
 		}
 	}
 	s.owner = maglev.Build(e.table.Key, e.base, maglev.Size(e.base, len(entries)), entries)
+	spare := maglev.Spare(e.base)
+	s.spare = maglev.Build(e.table.Key, spare, maglev.Size(spare, len(takers)), takers)
 	p.slots[bits] = s
 	return s
 }

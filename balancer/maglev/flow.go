@@ -5,6 +5,8 @@ import "net/netip"
 // The purposes of Seed. What chooses the group says nothing about the target.
 const (
 	SeedGroup  = "group"  // chooses among the groups of a listener
+	SeedTarget = "target" // chooses among the targets of a group
+	SeedSpare  = "spare"  // chooses again, among those that take new flows
 	SeedSource = "source" // chooses among the source addresses
 )
 
@@ -30,18 +32,6 @@ func (f Flow) Hash(sticky bool, seed uint32) uint32 {
 		key = append(key, f.Protocol, 0, 0, 0)
 	}
 	return JHash(key, seed)
-}
-
-// Aim returns the first of the flow's hashes whose slot is that of an entry which
-// takes new flows, or the last of them. The seeds are those of Seeds.
-func (f Flow) Aim(sticky bool, seeds *[Tries]uint32, slots []int32, takes func(entry int32) bool) (hash uint32) {
-	for _, seed := range seeds {
-		hash = f.Hash(sticky, seed)
-		if len(slots) == 0 || takes(slots[Slot(hash, len(slots))]) {
-			break
-		}
-	}
-	return hash
 }
 
 func appendAddr(b []byte, a netip.Addr) []byte {

@@ -3,7 +3,6 @@ package maglev
 import (
 	"crypto/sha256"
 	"encoding/binary"
-	"fmt"
 	"math/bits"
 )
 
@@ -22,21 +21,6 @@ func derive(key [16]byte, label, text string) [sha256.Size]byte {
 func Seed(key [16]byte, purpose string) uint32 {
 	sum := derive(key, "seed", purpose)
 	return max(1, binary.BigEndian.Uint32(sum[:]))
-}
-
-// Tries is how many hashes of a flow are looked up, one after the other, until one
-// leads to a target that takes new flows. Where three quarters of the slots are
-// those of targets that take none, one of a thousand flows finds no target so, and
-// is left to the first one.
-const Tries = 24
-
-// Seeds derives the seeds of those hashes from the key.
-func Seeds(key [16]byte) (seeds [Tries]uint32) {
-	seeds[0] = Seed(key, "target") // one more would deal all flows anew
-	for i := 1; i < Tries; i++ {
-		seeds[i] = Seed(key, fmt.Sprint("target ", i))
-	}
-	return seeds
 }
 
 // JHash is the kernel's jhash() (include/linux/jhash.h, Bob Jenkins' lookup3)

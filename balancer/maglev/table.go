@@ -102,6 +102,12 @@ func Rebuild(key [16]byte, base, size int, entries []Entry, before *Contests) ([
 	return d.table(), contests
 }
 
+// Spare is the base of the table that is dealt among the targets of a group which
+// take new flows, when its other table, with a base of its own, is dealt among all
+// that are there: it serves those flows alone whose slot is that of a target which
+// takes none, and is dealt anew with each verdict.
+func Spare(base int) int { return base / 16 }
+
 func powerOfTwo(n int) bool { return n > 0 && n&(n-1) == 0 }
 
 // A runner is an entry that runs in every contest.

@@ -577,6 +577,7 @@ type renderedPool struct {
 	sets    []*Set
 	objects []*Object
 	dealt   map[*family]*dealing
+	spare   map[*family]*dealing
 	// chosen says that IPVS chooses and rewrites.
 	chosen bool
 }
@@ -593,22 +594,43 @@ type dealing struct {
 func (r *renderer) renderPools(rs *Ruleset, t *balancer.Table, n *numbers) {
 	base := maglev.BaseFor(len(t.Pools))
 	rendered := make([]*renderedPool, len(t.Pools))
-	var next atomic.Int64
-	var workers sync.WaitGroup
-	for range min(runtime.GOMAXPROCS(0), len(t.Pools)) {
-		workers.Go(func() {
-			for i := next.Add(1) - 1; i < int64(len(t.Pools)); i = next.Add(1) - 1 {
-				p := &t.Pools[i]
-				rendered[i] = r.pools[p.Name].rendered(p, n.of(p), t.Key, base)
-			}
-		})
+	var changed []int
+	for i := range t.Pools {
+		p := &t.Pools[i]
+		if before := r.pools[p.Name]; before.is(p, n.of(p), t.Key, base) {
+			rendered[i] = before
+		} else {
+			changed = append(changed, i)
+		}
 	}
-	workers.Wait()
+	inParallel(len(changed), func(i int) {
+		p := &t.Pools[changed[i]]
+		rendered[changed[i]] = r.pools[p.Name].rendered(p, n.of(p), t.Key, base)
+	})
 	r.pools = make(map[string]*renderedPool, len(t.Pools))
 	for _, p := range rendered {
 		r.pools[p.pool.Name] = p
 		p.addTo(rs)
 	}
+}
+
+// inParallel calls f with 0 to n-1, on all CPUs. It does one by itself: on a busy
+// host another thread may be long in coming.
+func inParallel(n int, f func(int)) {
+	if n == 1 {
+		f(0)
+		return
+	}
+	var next atomic.Int64
+	var workers sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), n) {
+		workers.Go(func() {
+			for i := next.Add(1) - 1; i < int64(n); i = next.Add(1) - 1 {
+				f(int(i))
+			}
+		})
+	}
+	workers.Wait()
 }
 
 func (r *renderedPool) addTo(rs *Ruleset) {
@@ -623,19 +645,19 @@ func (r *renderedPool) addTo(rs *Ruleset) {
 	}
 }
 
-// rendered is r, which may be nil, if that is what became of such a pool, else a
-// new one.
+// is reports whether r, which may be nil, is what becomes of such a pool.
+func (r *renderedPool) is(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int) bool {
+	return r != nil && r.key == key && r.base == base && slices.Equal(r.numbers, nums) && reflect.DeepEqual(r.pool, *p)
+}
+
+// rendered is what becomes of a pool, with what is left of r, which may be nil.
 func (r *renderedPool) rendered(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int) *renderedPool {
-	if r != nil && r.key == key && r.base == base && slices.Equal(r.numbers, nums) && reflect.DeepEqual(r.pool, *p) {
-		return r
+	out := &renderedPool{pool: *p, numbers: nums, key: key, base: base, dealt: make(map[*family]*dealing), spare: make(map[*family]*dealing)}
+	if r != nil && (r.key != key || r.base != base) {
+		r = nil
 	}
-	out := &renderedPool{pool: *p, numbers: nums, key: key, base: base, dealt: make(map[*family]*dealing)}
 	for _, f := range families {
-		var before *dealing
-		if r != nil && r.key == key && r.base == base {
-			before = r.dealt[f]
-		}
-		out.renderFamily(f, before)
+		out.renderFamily(f, r)
 	}
 	return out
 }
@@ -643,7 +665,7 @@ func (r *renderedPool) rendered(p *balancer.Pool, nums []uint16, key balancer.Ha
 // renderFamily writes the group's chain, its slots and its targets, for one
 // family. A family without destinations has a chain that drops, since a
 // listener may name the group all the same.
-func (r *renderedPool) renderFamily(f *family, before *dealing) {
+func (r *renderedPool) renderFamily(f *family, before *renderedPool) {
 	p := &r.pool
 	mine := p.Usable(f.bits)
 	group := &Chain{Name: poolChain(p.Name, f)}
@@ -657,16 +679,15 @@ func (r *renderedPool) renderFamily(f *family, before *dealing) {
 		return
 	}
 
-	dealt := r.deal(f, mine, before)
+	dealt := r.deal(f, mine, "slots", r.base, (*balancer.Destination).Dealt, before.dealing(f))
 	r.dealt[f] = dealt
 	targets := r.addVerdicts(f, mine, "targets", targetChainName)
-	seeds := maglev.Seeds(r.key)
-	group.Rules = append(group.Rules, r.choose(f, dealt.set, seeds[0], targets))
-	if first, out := r.passedBy(mine); out {
-		for _, seed := range seeds[1:] {
-			group.Rules = append(group.Rules, r.choose(f, dealt.set, seed, targets))
-		}
-		group.Rules = append(group.Rules, r.take(f, first))
+	seed := maglev.Seed(r.key, maglev.SeedTarget)
+	group.Rules = append(group.Rules, r.choose(f, dealt.set, seed, targets))
+	if !p.AvoidSelf && len(mine) > 1 {
+		takes := func(d *balancer.Destination) int { return d.Weight }
+		r.spare[f] = r.deal(f, mine, "spare", maglev.Spare(r.base), takes, before.sparing(f))
+		group.Rules = append(group.Rules, r.choose(f, r.spare[f].set, maglev.Seed(r.key, maglev.SeedSpare), targets))
 	}
 
 	// elsewhere has the targets whose own clients can be sent to another.
@@ -683,7 +704,7 @@ func (r *renderedPool) renderFamily(f *family, before *dealing) {
 		slots := r.slots(f, mine, "second", others, int(dealt.set.Size))
 		r.sets = append(r.sets, slots)
 		r.chains = append(r.chains, &Chain{Name: second, Rules: []Rule{
-			r.choose(f, slots, seeds[0], r.addVerdicts(f, mine, "others", sendChainName)), drop,
+			r.choose(f, slots, seed, r.addVerdicts(f, mine, "others", sendChainName)), drop,
 		}})
 	}
 	for _, d := range mine {
@@ -713,12 +734,29 @@ func leaveTo(number uint16, f *family) Rule {
 	})
 }
 
-// deal adds the map from slot to target number, as before it where nothing that
-// it follows from has changed. Health is not among that; see Destination.Kept.
-func (r *renderedPool) deal(f *family, mine []int, before *dealing) *dealing {
+// dealing is the one of a family in r, which may be nil.
+func (r *renderedPool) dealing(f *family) *dealing {
+	if r == nil {
+		return nil
+	}
+	return r.dealt[f]
+}
+
+func (r *renderedPool) sparing(f *family) *dealing {
+	if r == nil {
+		return nil
+	}
+	return r.spare[f]
+}
+
+// deal adds a map from slot to target number, as before it where nothing that it
+// follows from has changed. Health is not among that for the one that is dealt by
+// Destination.Dealt.
+func (r *renderedPool) deal(f *family, mine []int, word string, base int, weight func(*balancer.Destination) int, before *dealing) *dealing {
 	out := &dealing{entries: make([]maglev.Entry, len(mine)), numbers: make([]uint16, len(mine))}
 	for i, d := range mine {
-		out.entries[i] = maglev.Entry{Name: r.pool.Destinations[d].AddrPort().String(), Weight: r.pool.Destinations[d].Dealt()}
+		dest := &r.pool.Destinations[d]
+		out.entries[i] = maglev.Entry{Name: dest.AddrPort().String(), Weight: weight(dest)}
 		out.numbers[i] = r.numbers[d]
 	}
 	var contests *maglev.Contests
@@ -728,35 +766,12 @@ func (r *renderedPool) deal(f *family, mine []int, before *dealing) *dealing {
 	if before != nil && slices.Equal(before.entries, out.entries) && slices.Equal(before.numbers, out.numbers) {
 		out = before
 	} else {
-		size := maglev.Size(r.base, len(mine))
-		out.slots, out.contests = maglev.Rebuild(r.key, r.base, size, out.entries, contests)
-		out.set = r.slots(f, mine, "slots", out.slots, size)
+		size := maglev.Size(base, len(mine))
+		out.slots, out.contests = maglev.Rebuild(r.key, base, size, out.entries, contests)
+		out.set = r.slots(f, mine, word, out.slots, size)
 	}
 	r.sets = append(r.sets, out.set)
 	return out
-}
-
-// passedBy reports whether a hash may lead to a target that takes no new flows,
-// and which is the first that does.
-func (r *renderedPool) passedBy(mine []int) (first int, out bool) {
-	first = -1
-	for _, d := range mine {
-		dest := &r.pool.Destinations[d]
-		if first < 0 && dest.Weight > 0 {
-			first = d
-		}
-		out = out || dest.Kept > 0
-	}
-	return first, out
-}
-
-// take leaves a flow to one target.
-func (r *renderedPool) take(f *family, d int) Rule {
-	return rule(func(b *ruleBuilder) {
-		b.family(f)
-		b.ctMarkSet(TargetMask, markOf(r.numbers[d], 0))
-		b.goTo(targetChainName(r.numbers[d], r.pool.Name))
-	})
 }
 
 // choose leads from a hash to a target's chain by two maps, from slot to number
@@ -781,7 +796,7 @@ func (r *renderedPool) choose(f *family, slots *Set, seed uint32, verdicts strin
 }
 
 // addVerdicts adds the map that leads to the targets' chains. One that only keeps
-// its hashes is not in it, so that the next rule draws again.
+// its hashes is not in it, so that the next rule draws again, from the spare slots.
 func (r *renderedPool) addVerdicts(f *family, mine []int, word string, chain func(uint16, string) string) string {
 	// A map of a fixed size is the fastest there is. It doubles under another
 	// name, since a map cannot change its size.

@@ -47,7 +47,7 @@ type conn struct {
 	peer    netip.AddrPort // the client
 	service *service
 	pool    *pool
-	hash    uint32
+	aim     aim
 	tried   [maxTries]*target // the last of the tries is the present one
 
 	withdrawn bool // the target left while it was dialed, by no fault of its own

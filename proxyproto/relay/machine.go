@@ -182,14 +182,14 @@ func (m *machine) start(fd int32, peer netip.AddrPort, s *service) {
 		m.turnAway(fd)
 		return
 	}
-	in, hash := s.choose(peer)
+	in, to := s.choose(peer)
 	if in == nil || in.family(s.vip.Addr()).usable == 0 {
 		m.counts.noTarget++
 		m.turnAway(fd)
 		return
 	}
 	c := m.open()
-	c.peer, c.service, c.pool, c.hash = peer, s, in, hash
+	c.peer, c.service, c.pool, c.aim = peer, s, in, to
 	c.client.fd, c.since = fd, m.now
 	if err := m.kernel.watch(fd, c.token(0)); err != 0 {
 		m.counts.exhausted++
@@ -227,7 +227,7 @@ func (c *conn) token(end int32) token { return token{id: c.index<<1 | end, gener
 // reset.
 func (m *machine) dialNext(c *conn) {
 	for c.tries < maxTries {
-		d := c.pool.family(c.service.vip.Addr()).next(c.hash, c.tried[:c.tries])
+		d := c.pool.family(c.service.vip.Addr()).next(c.aim, c.tried[:c.tries])
 		if d == nil {
 			break
 		}

@@ -51,7 +51,8 @@ type pool struct {
 	name     string
 	relayed  bool // some destination is
 	sticky   bool
-	seeds    [maglev.Tries]uint32
+	seed     uint32
+	spare    uint32 // the seed for the spare slots
 	header   balancer.ProxyProtocol
 	families [2]*family
 	// manners are by loop, and outlive plans.
@@ -83,8 +84,10 @@ func (m *manners) heard(server bool) {
 type family struct {
 	entries      []maglev.Entry
 	destinations []destination
-	slots        []int32 // nil when no destination takes new connections
-	usable       int     // relayed destinations with a weight
+	slots        []int32        // nil when no destination takes new connections
+	takers       []maglev.Entry // the entries by what they take
+	spare        []int32        // dealt among them
+	usable       int            // relayed destinations with a weight
 }
 
 // A destination is a target with what dialing needs.
@@ -174,7 +177,7 @@ func (p *plan) addService(vs *balancer.VirtualService) error {
 func (p *plan) addPool(bp *balancer.Pool, old *plan, loops int) {
 	in := &pool{
 		name: bp.Name, relayed: bp.Relays(), sticky: bp.Sticky,
-		seeds: maglev.Seeds(p.key), header: bp.ProxyProtocol,
+		seed: maglev.Seed(p.key, maglev.SeedTarget), spare: maglev.Seed(p.key, maglev.SeedSpare), header: bp.ProxyProtocol,
 	}
 	in.families = [2]*family{{}, {}}
 	in.manners = old.manners(bp.Name, loops)
@@ -188,6 +191,7 @@ func (p *plan) addPool(bp *balancer.Pool, old *plan, loops int) {
 		}
 		f := in.families[familyOf(d.Address)]
 		f.entries = append(f.entries, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Dealt()})
+		f.takers = append(f.takers, maglev.Entry{Name: d.AddrPort().String(), Weight: d.Weight})
 		relayed := bp.ClientIPOf(d) == balancer.ProxyProtocolV2
 		f.destinations = append(f.destinations, destination{target: to, weight: d.Weight, relayed: relayed, source: d.Source})
 		if d.Weight > 0 && relayed {
@@ -196,23 +200,30 @@ func (p *plan) addPool(bp *balancer.Pool, old *plan, loops int) {
 	}
 	if in.relayed {
 		for i, f := range in.families {
-			f.slots = p.slots(f, old.family(bp.Name, i), old)
+			p.deal(f, old.family(bp.Name, i), old)
 		}
 	}
 	p.pools[bp.Name] = in
 }
 
-// slots deals a family's slots, or takes them from the plan before when they
-// would be the same: a table of thousands is not dealt anew because one target
-// failed.
-func (p *plan) slots(f, before *family, old *plan) []int32 {
+// deal deals a family's slots, or takes them from the plan before when they would
+// be the same: a table of thousands is not dealt anew because one target failed.
+func (p *plan) deal(f, before *family, old *plan) {
 	if f.usable == 0 {
-		return nil
+		return
 	}
-	if before != nil && before.slots != nil && old.key == p.key && old.base == p.base && slices.Equal(f.entries, before.entries) {
-		return before.slots
+	same := before != nil && before.slots != nil && old.key == p.key && old.base == p.base
+	if same && slices.Equal(f.entries, before.entries) {
+		f.slots = before.slots
+	} else {
+		f.slots = maglev.Build(p.key, p.base, maglev.Size(p.base, len(f.entries)), f.entries)
 	}
-	return maglev.Build(p.key, p.base, maglev.Size(p.base, len(f.entries)), f.entries)
+	if same && slices.Equal(f.takers, before.takers) {
+		f.spare = before.spare
+	} else {
+		spare := maglev.Spare(p.base)
+		f.spare = maglev.Build(p.key, spare, maglev.Size(spare, len(f.takers)), f.takers)
+	}
 }
 
 // target returns the target of that key, a new one if the plan has none.
@@ -266,28 +277,37 @@ func (s *service) allows(client netip.Addr) bool {
 //
 // Hashes, their keys, their seeds and their scaling are those of the kernel
 // modes: a listener may change between them and keep the targets of its clients.
-func (s *service) choose(client netip.AddrPort) (*pool, uint32) {
+func (s *service) choose(client netip.AddrPort) (*pool, aim) {
 	var in *pool
 	switch len(s.shares) {
 	case 0:
-		return nil, 0
+		return nil, aim{}
 	case 1:
 		in = s.shares[0].pool
 	default:
 		in = s.share(maglev.Slot(s.flow(client).Hash(s.sticky, s.seed), int(s.total)))
 	}
 	if !in.relayed {
-		return nil, 0
+		return nil, aim{}
 	}
 	return in, s.aim(client, in)
 }
 
-// aim is the first of the client's hashes that leads to a destination which takes
-// new connections, or the last of them.
-func (s *service) aim(client netip.AddrPort, in *pool) uint32 {
-	f := in.family(s.vip.Addr())
-	takes := func(d int32) bool { return f.destinations[d].weight > 0 }
-	return s.flow(client).Aim(in.sticky, &in.seeds, f.slots, takes)
+// An aim is where a client's hash leads to.
+type aim struct {
+	hash  uint32
+	spare bool // into the spare slots
+}
+
+// aim hashes the client again if its slot is that of a destination which takes no
+// new connections.
+func (s *service) aim(client netip.AddrPort, in *pool) aim {
+	f, flow := in.family(s.vip.Addr()), s.flow(client)
+	hash := flow.Hash(in.sticky, in.seed)
+	if len(f.slots) == 0 || f.destinations[f.slots[maglev.Slot(hash, len(f.slots))]].weight > 0 {
+		return aim{hash: hash}
+	}
+	return aim{hash: flow.Hash(in.sticky, in.spare), spare: true}
 }
 
 func (s *service) share(at int) *pool {
@@ -313,24 +333,20 @@ func (p *pool) family(vip netip.Addr) *family {
 	return p.families[1-own]
 }
 
-// next returns the destination of a hash that was not tried yet, looking from
-// the hash's own slot on; nil when there is none. A hash of aim that leads to one
-// which takes no new connections is left to the first that does, as in the kernel.
-func (f *family) next(hash uint32, tried []*target) *destination {
+// next returns the destination of an aim that was not tried yet, looking from its
+// own slot on; nil when there is none.
+func (f *family) next(to aim, tried []*target) *destination {
 	if f.usable <= len(tried) && !f.any(tried) || f.usable == 0 {
 		return nil
 	}
-	takes := func(i int32) bool {
+	slots := f.slots
+	if to.spare {
+		slots = f.spare
+	}
+	at := maglev.From(slots, to.hash, func(i int32) bool {
 		d := &f.destinations[i]
 		return d.relayed && d.weight > 0 && !slices.Contains(tried, d.target)
-	}
-	if own := f.slots[maglev.Slot(hash, len(f.slots))]; f.destinations[own].weight == 0 {
-		first := slices.IndexFunc(f.destinations, func(d destination) bool { return d.weight > 0 })
-		if takes(int32(first)) {
-			return &f.destinations[first]
-		}
-	}
-	at := maglev.From(f.slots, hash, takes)
+	})
 	if at < 0 {
 		return nil
 	}
