@@ -80,7 +80,8 @@ func local(t *testing.T, addresses ...string) {
 func TestKernelWithoutIPVS(t *testing.T) {
 	d := New(t.TempDir(), zaptest.NewLogger(t))
 	if err := d.Probe(); err == nil {
-		t.Skip("this kernel has IPVS")
+		t.Log("this kernel has IPVS: there is nothing to refuse")
+		return
 	} else if !errors.Is(err, ErrNoIPVS) {
 		t.Fatal(err)
 	}

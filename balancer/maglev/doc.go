@@ -50,8 +50,8 @@
 // 0.4, 0.9 and 1.7 MB for a group of up to 10 targets.
 //
 // A target that only fails for a while need not leave: it keeps its slots, and a
-// flow that meets one of them is hashed again, with the next of Seeds. Then nothing
-// moves but its own share, and no slot is written.
+// flow that meets one of them is hashed again, into the Spare table. Then nothing
+// moves but its own share.
 //
 // # Agreement
 //

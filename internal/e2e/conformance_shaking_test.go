@@ -147,7 +147,8 @@ func (x *trial) interrupt(end func(*daemon), how string) {
 func changesDataplane(x *trial) {
 	flows := x.keepLasting()
 	if !haveIPVS() {
-		next := x.without(&x.written, balancer.IPVS)
+		next := x.written.clone()
+		next.Dataplane = balancer.IPVS.String()
 		if err := x.d.reload(next.String()); err == nil || !strings.Contains(err.Error(), noIPVS) {
 			x.t.Errorf("nlb reload: %v, want %q", err, noIPVS)
 		}
@@ -156,7 +157,7 @@ func changesDataplane(x *trial) {
 		return
 	}
 	other := map[balancer.Dataplane]balancer.Dataplane{balancer.NFTables: balancer.IPVS, balancer.IPVS: balancer.NFTables}[x.plane]
-	x.change(func(c *conformFile) { *c = x.without(c, other) })
+	x.change(func(c *conformFile) { c.Dataplane = other.String() })
 	if got := x.d.status().Dataplane; got != other.String() {
 		x.t.Errorf("nlb status says %s, want %s", got, other)
 	}
@@ -178,17 +179,6 @@ func begunBy(d balancer.Dataplane, f flavour, flows map[string]*kept) map[string
 		return nil
 	}
 	return flows
-}
-
-// without is the file for a dataplane, without what that refuses.
-func (x *trial) without(c *conformFile, plane balancer.Dataplane) conformFile {
-	next := c.clone()
-	next.Dataplane = plane.String()
-	for i := range next.Groups {
-		next.Groups[i].AvoidSelf = next.Groups[i].AvoidSelf && plane == balancer.NFTables
-	}
-	next.withdraw("shared-target")
-	return next
 }
 
 // clears removes everything.

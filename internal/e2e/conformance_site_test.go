@@ -533,7 +533,7 @@ func (k *kept) ends(t *testing.T, when, of string) {
 // explain logs what the kernel knows of a target's flows that go on.
 func (k *kept) explain(t *testing.T, of string) {
 	t.Helper()
-	known := must(t, k.x.top.LB, "conntrack", "-L", "-f", map[string]string{"4": "ipv4", "6": "ipv6"}[k.f.name])
+	known := must(t, k.x.top.LB, "conntrack", "-L", "-f", k.f.version())
 	if haveIPVS() {
 		known += must(t, k.x.top.LB, "ipvsadm", "-Lnc")
 	}
