@@ -231,6 +231,10 @@ func (s *TargetStatus) cutUnhealthy(g *TargetGroup, seen View) {
 	s.terminate(seen.endsFrom(s.key(g.Name), from), seen.Now)
 }
 
+// EndsFlowsSince is what View.Leftover has of a target whose flows are ended until
+// then.
+func EndsFlowsSince(until time.Time) time.Time { return until.Add(-terminateFor) }
+
 // terminate ends the target's flows for a while after from.
 func (s *TargetStatus) terminate(from, now time.Time) {
 	if until := from.Add(terminateFor); now.Before(until) {

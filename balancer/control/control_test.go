@@ -337,6 +337,23 @@ func TestSeen(t *testing.T) {
 	}
 }
 
+// The flows of a target that failed are ended for longer than since its failure,
+// where the daemon began late: who reads the status knows how long.
+func TestSeenEndsFlowsForAsLong(t *testing.T) {
+	snapshot := webSnapshot()
+	snapshot.Spec.TargetGroups[0].Unhealthy.ConnectionTermination = true
+	failed, until := &snapshot.Groups[0].Targets[1], since.Add(time.Hour)
+	failed.Terminate, failed.TerminateUntil = true, until
+	for at, want := range map[time.Time]bool{until.Add(-1): true, until: false} {
+		seen, _ := NewStatus(snapshot, Counts{}, nil).Seen()
+		seen.Now = at
+		pool := balancer.Forward(snapshot.Spec, seen).Table.Pools[0]
+		if got := pool.Destinations[1].Terminate; got != want {
+			t.Errorf("flows are ended at %v: %v, want %v", at, got, want)
+		}
+	}
+}
+
 var since = time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
 
 func webStatus() *Status {

@@ -124,6 +124,9 @@ type Target struct {
 	Since           time.Time      `json:"since"`
 	// Until is when the state ends by itself; absent when it does not.
 	Until time.Time `json:"until,omitzero"`
+	// EndsFlowsUntil is until when, at least, its flows are answered with resets;
+	// absent when they are not.
+	EndsFlowsUntil time.Time `json:"ends_flows_until,omitzero"`
 	// Held is why a target that passes its health checks is unhealthy: clients'
 	// connections failed. Absent where that is not so.
 	Held *Held `json:"held,omitempty"`
@@ -216,6 +219,7 @@ func targetGroup(g *balancer.TargetGroup, s balancer.TargetGroupStatus, counted 
 			Description:     t.Description,
 			Since:           t.Since.UTC().Truncate(time.Second),
 			Until:           utc(t.Until),
+			EndsFlowsUntil:  t.TerminateUntil.UTC(),
 			Removed:         t.Removed,
 		}
 		if h := t.Hold; t.Held {
@@ -242,7 +246,10 @@ func utc(t time.Time) time.Time {
 // pure step over the same world: their health, and the Spec in force as far as
 // it matters to targets that leave it.
 func (s *Status) Seen() (balancer.View, *balancer.Spec) {
-	seen := balancer.View{Health: make(balancer.HealthView), Holds: make(balancer.Holds), FailOpen: make(map[string]balancer.FailOpenState)}
+	seen := balancer.View{
+		Health: make(balancer.HealthView), Holds: make(balancer.Holds), FailOpen: make(map[string]balancer.FailOpenState),
+		Leftover: make(map[balancer.TargetKey]time.Time),
+	}
 	spec := new(balancer.Spec)
 	_ = spec.Dataplane.UnmarshalText([]byte(s.Dataplane)) // of a later version, perhaps
 	for _, l := range s.Listeners {
@@ -266,6 +273,9 @@ func (s *Status) Seen() (balancer.View, *balancer.Spec) {
 				group.Targets = append(group.Targets, balancer.Target{Address: t.Address, Port: t.Port, Weight: t.Weight, ClientIP: t.ClientIP})
 			}
 			key := balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}
+			if !t.EndsFlowsUntil.IsZero() {
+				seen.Leftover[key] = balancer.EndsFlowsSince(t.EndsFlowsUntil)
+			}
 			if h := t.Held; h != nil {
 				seen.Health[key] = balancer.Health{State: balancer.Healthy, Since: h.Since}
 				seen.Holds[key] = balancer.Hold(*h)
