@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -15,7 +14,6 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"go.uber.org/zap/zaptest"
-	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 	"nlb/balancer/explain"
@@ -60,24 +58,6 @@ func converge(t *testing.T, d *nft.Dataplane, want *balancer.Desired) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// own gives the namespace an address, until the test ends.
-func own(t *testing.T, a netip.Addr) {
-	t.Helper()
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}, Flags: unix.IFA_F_NODAD}
-	if err := netlink.AddrAdd(lo, n); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := netlink.AddrDel(lo, n); err != nil {
-			t.Error(err)
-		}
-	})
 }
 
 // A site is a configuration, what is seen of its targets, and what may call it.
@@ -263,7 +243,7 @@ func TestExplainAgreesWithKernel(t *testing.T) {
 	const sites, flows = 50, 200
 	c := newCrossing(t)
 	for _, v := range siteVIPs {
-		own(t, v)
+		nstest.Own(t, v)
 	}
 	d := newDataplane(t)
 	tally := make(map[string]int)

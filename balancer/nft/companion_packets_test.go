@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"go.uber.org/zap/zaptest"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
@@ -69,23 +68,8 @@ func newDirected(t *testing.T) *directed {
 	if _, err := os.Stat("/proc/net/ip_vs"); errors.Is(err, fs.ErrNotExist) {
 		t.Skip("this kernel has no IPVS (module ip_vs)")
 	}
-	top, err := lab.Routed(lab.Options{Clients: 2, Targets: 2})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := top.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	s := &directed{Topology: top, t: t}
-	within(t, top.LB, func() (err error) { s.plane, err = New(zaptest.NewLogger(t), ""); return err })
-	t.Cleanup(func() { s.plane.Close() })
-	for _, vip := range []netip.Addr{lab.VIP4, lab.VIP6} {
-		if err := top.LB.Address("lo", netip.PrefixFrom(vip, vip.BitLen())); err != nil {
-			t.Fatal(err)
-		}
-	}
+	top, plane := routed(t, lab.Options{Clients: 2, Targets: 2})
+	s := &directed{Topology: top, t: t, plane: plane}
 	for _, key := range []string{"conntrack", "expire_nodest_conn", "conn_reuse_mode"} {
 		if err := top.LB.Sysctl("net.ipv4.vs."+key, "1"); err != nil {
 			t.Fatal(err)

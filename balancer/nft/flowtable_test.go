@@ -41,23 +41,8 @@ func needFlowtables(t *testing.T, d *Dataplane) {
 func newFastSite(t *testing.T) *fastSite {
 	t.Helper()
 	needFlowtables(t, newDataplane(t))
-	top, err := lab.Routed(lab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := top.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	s := &fastSite{Topology: top, t: t}
-	within(t, top.LB, func() (err error) { s.plane, err = New(zaptest.NewLogger(t), ""); return err })
-	t.Cleanup(func() { s.plane.Close() })
-	for _, vip := range []netip.Addr{lab.VIP4, lab.VIP6} {
-		if err := top.LB.Address("lo", netip.PrefixFrom(vip, vip.BitLen())); err != nil {
-			t.Fatal(err)
-		}
-	}
+	top, plane := routed(t, lab.Options{})
+	s := &fastSite{Topology: top, t: t, plane: plane}
 	if err := errors.Join(top.LB.Forward(), top.LB.Sysctl("net.netfilter.nf_conntrack_acct", "1")); err != nil {
 		t.Fatal(err)
 	}

@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
 	"golang.org/x/sys/unix"
@@ -229,7 +228,7 @@ func TestTerminate(t *testing.T) {
 		t.Run(f.vip, func(t *testing.T) {
 			first, second := addr(fmt.Sprintf(f.target, 11)), addr(fmt.Sprintf(f.target, 12))
 			for _, a := range []netip.Addr{addr(f.client), addr(f.vip), first, second} {
-				own(t, a)
+				nstest.Own(t, a)
 			}
 			d := newDataplane(t)
 			table := func(weight int, terminate bool) *balancer.Desired {
@@ -276,24 +275,6 @@ func TestTerminate(t *testing.T) {
 			}
 		})
 	}
-}
-
-// own gives the namespace an address, until the test ends.
-func own(t *testing.T, a netip.Addr) {
-	t.Helper()
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}, Flags: unix.IFA_F_NODAD}
-	if err := netlink.AddrAdd(lo, n); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := netlink.AddrDel(lo, n); err != nil {
-			t.Error(err)
-		}
-	})
 }
 
 // patience bounds every wait for the kernel.

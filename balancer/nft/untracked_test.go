@@ -107,9 +107,10 @@ const (
 	kernelDest = 8080
 )
 
-func newSite(t *testing.T) *site {
+// routed is a network with the VIPs, and a dataplane, on its balancer.
+func routed(t *testing.T, o lab.Options) (*lab.Topology, *Dataplane) {
 	t.Helper()
-	top, err := lab.Routed(lab.Options{Clients: 2, Targets: 1})
+	top, err := lab.Routed(o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,13 +119,22 @@ func newSite(t *testing.T) *site {
 			t.Error(err)
 		}
 	})
-	s := &site{Topology: top, t: t}
-	within(t, top.LB, func() (err error) { s.plane, err = New(zaptest.NewLogger(t), ""); return err })
-	t.Cleanup(func() { s.plane.Close() })
+	var plane *Dataplane
+	within(t, top.LB, func() (err error) { plane, err = New(zaptest.NewLogger(t), ""); return err })
+	t.Cleanup(func() { plane.Close() })
 	for _, vip := range []netip.Addr{lab.VIP4, lab.VIP6} {
 		if err := top.LB.Address("lo", netip.PrefixFrom(vip, vip.BitLen())); err != nil {
 			t.Fatal(err)
 		}
+	}
+	return top, plane
+}
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	top, plane := routed(t, lab.Options{Clients: 2, Targets: 1})
+	s := &site{Topology: top, t: t, plane: plane}
+	for _, vip := range []netip.Addr{lab.VIP4, lab.VIP6} {
 		for _, port := range []uint16{openPort, closedTo, vacantPort, halfPort} {
 			echo(t, top.LB, netip.AddrPortFrom(vip, port))
 		}

@@ -29,11 +29,10 @@ var hairpinSelf = Scenario{
 		if err := s.forward(s.LB, toTarget(t1)); err != nil {
 			return f, err
 		}
-		log, err := openKernelLog(t1)
+		log, err := s.kernelLog(t1)
 		if err != nil {
 			return f, err
 		}
-		s.later(log.close)
 		if err := s.watch(ctx, t1, s.LB); err != nil {
 			return f, err
 		}

@@ -20,10 +20,10 @@ const martian = "dropped as a martian"
 // A kernelLog is the end of the kernel's log, from when it was opened.
 type kernelLog struct{ fd int }
 
-// openKernelLog makes a node log martians and reads the log from now on. The log
+// kernelLog makes a node log martians and reads the log from now on. The log
 // is the machine's, and reading it may be forbidden, as it is in a container:
 // then there is no log, and it has no lines.
-func openKernelLog(n *lab.Node) (kernelLog, error) {
+func (s *site) kernelLog(n *lab.Node) (kernelLog, error) {
 	if err := n.Sysctl("net.ipv4.conf.all.log_martians", "1"); err != nil {
 		return kernelLog{}, err
 	}
@@ -37,7 +37,9 @@ func openKernelLog(n *lab.Node) (kernelLog, error) {
 	if _, err := unix.Seek(fd, 0, unix.SEEK_END); err != nil {
 		return kernelLog{}, errors.Join(fmt.Errorf("/dev/kmsg: %w", err), unix.Close(fd))
 	}
-	return kernelLog{fd}, nil
+	log := kernelLog{fd}
+	s.later(log.close)
+	return log, nil
 }
 
 // martian is the kernel's line about a packet, or "": the kernel limits the rate

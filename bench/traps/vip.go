@@ -180,11 +180,10 @@ var healthCheckVIPSource = Scenario{
 		if err := s.bind(s.LB); err != nil {
 			return f, err
 		}
-		log, err := openKernelLog(t1)
+		log, err := s.kernelLog(t1)
 		if err != nil {
 			return f, err
 		}
-		s.later(log.close)
 		if err := s.watch(ctx, s.LB, t1); err != nil {
 			return f, err
 		}
@@ -271,11 +270,10 @@ func fromOwnVIP(ctx context.Context, s *site) (f Finding, err error) {
 	if err := s.forward(s.LB, toTarget(t1)); err != nil {
 		return f, err
 	}
-	log, err := openKernelLog(t1)
+	log, err := s.kernelLog(t1)
 	if err != nil {
 		return f, err
 	}
-	s.later(log.close)
 	if err := s.watch(ctx, s.LB, t1); err != nil {
 		return f, err
 	}
