@@ -191,20 +191,19 @@ func lingering(h, s *service) []destination {
 }
 
 // leftover is what stays of a service that is not asked for. Where the relay has
-// the port now, new connections must get past the service to the socket. Those
-// that do need no looking after: without the service they are nobody's but the
-// socket's.
+// the port now, new connections must get past the service to the socket. The
+// relay's own keep the service too: with the destination the kernel removes their
+// entries in conntrack, and rules that choose take what comes next for a new flow.
 func leftover(h *service, relayed bool) (service, bool) {
 	s := newService(h.key, h.flags&flagPort == 0)
 	s.destinations = lingering(h, &s)
-	if relayed {
-		s.destinations = slices.DeleteFunc(s.destinations, func(d destination) bool { return d.at == h.key.at })
-	}
 	if len(s.destinations) == 0 {
 		return service{}, false
 	}
 	if relayed {
-		s.destinations = append(s.destinations, destination{at: h.key.at, weight: 1})
+		own := destination{at: h.key.at, weight: 1}
+		s.destinations = slices.DeleteFunc(s.destinations, func(d destination) bool { return d.at == own.at })
+		s.destinations = append(s.destinations, own)
 		s.sort()
 	}
 	return s, true

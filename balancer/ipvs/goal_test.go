@@ -40,6 +40,9 @@ func TestGoal(t *testing.T) {
 	otherRelayed := table(list(listener(vip, map[string]int{"web": 1})), pool("web", relayed("10.0.1.11:8080", 1)))
 	otherRelayed.Dataplane = balancer.NFTables
 	busy := map[string]int{"10.0.1.12:8080": 3}
+	mixed := newService(tcp80, false)
+	mixed.destinations = []destination{{at: at("10.0.1.11:8080"), weight: 1}, {at: tcp80.at, weight: 1}}
+	relaying := map[string]int{tcp80.at.String(): 2}
 
 	for _, c := range []struct {
 		name  string
@@ -133,6 +136,9 @@ func TestGoal(t *testing.T) {
 				"-A -t 198.51.100.10:80 -s mh -b mh-fallback,mh-port",
 				"-a -t 198.51.100.10:80 -r 198.51.100.10:80 -m -w 1", "-a -t 198.51.100.10:80 -r 10.0.1.12:8080 -m -w 0",
 			}},
+		{"and lingers with the relay's connections alone", having(mixed, relaying), otherRelayed,
+			[]string{"-A -t 198.51.100.10:80 -s mh -b mh-fallback,mh-port", "-a -t 198.51.100.10:80 -r 198.51.100.10:80 -m -w 1"}},
+		{"until these are over", having(mixed, nil), otherRelayed, nil},
 		{"UDP does not linger", having(udp, busy), table(nil), nil},
 		{"what somebody made of ours is put right", having(foreign, nil),
 			table(list(listener(vip, map[string]int{"web": 1})), pool("web", dest("10.0.1.11:8080", 1))),

@@ -372,9 +372,10 @@ func TestKernelLingering(t *testing.T) {
 }
 
 // New connections of a mixed service go to the relay's socket and to destinations,
-// the former as if IPVS were not there, and go on when IPVS leaves.
+// the former as if IPVS were not there, and go on when IPVS leaves. Until they are
+// over the service stays.
 func TestKernelRelayShare(t *testing.T) {
-	d, _ := kernelRig(t)
+	d, m := kernelRig(t)
 	local(t, "198.51.100.10/32", "203.0.113.9/32", "10.0.1.11/32")
 	answering(t, "10.0.1.11:8080")
 	answering(t, vip)
@@ -398,20 +399,37 @@ func TestKernelRelayShare(t *testing.T) {
 	for range 40 {
 		c := connectTo(t, vip)
 		who := c.who(t)
-		if count[who]++; who == vip {
+		if count[who]++; who == vip && relay == nil {
 			relay = c
+		} else if err := c.Close(); err != nil {
+			t.Fatal(err)
 		}
 	}
 	if count[vip] < 5 || count["10.0.1.11:8080"] < 5 {
 		t.Fatalf("%v", count)
 	}
-	converge(t, d, only)
-	if who := connectTo(t, vip).who(t); who != vip {
+	leftover := []string{"-A -t 198.51.100.10:80 -s mh -b mh-fallback,mh-port", "-a -t 198.51.100.10:80 -r 198.51.100.10:80 -m -w 1"}
+	eventually(t, "the service is there for the relay's connection alone", func() bool {
+		converge(t, d, only)
+		return slices.Equal(describe(observed(t, m, everything).services), leftover)
+	})
+	newer := connectTo(t, vip)
+	if who := newer.who(t); who != vip {
 		t.Errorf("answered by %s", who)
 	}
 	if who := relay.who(t); who != vip {
 		t.Errorf("answered by %s", who)
 	}
+	for _, c := range []*client{newer, relay} {
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the service goes with the relay's last connection", func() bool {
+		converge(t, d, only)
+		return len(observed(t, m, everything).services) == 0
+	})
+	relay = older[0]
 	converge(t, d, nil)
 	if who := relay.who(t); who != vip {
 		t.Errorf("without IPVS answered by %s", who)
