@@ -44,11 +44,13 @@ func (t *Tracker) Flows(ctx context.Context, filter Filter) ([]Flow, error) {
 // million flows take no memory. Now and then the kernel shows one twice, and a flow
 // that begins or ends meanwhile may be shown or not.
 func (t *Tracker) Each(ctx context.Context, show func(Flow) error) error {
-	return dumpOnce(ctx, markFilter{}, func(r *record) error {
-		if r.mark&t.mask == 0 || Status(r.status).dying() {
-			return nil
-		}
-		return show(r.flow())
+	return t.conns.use(func(c *conn) error {
+		return c.dump(ctx, markFilter{}, func(r *record) error {
+			if r.mark&t.mask == 0 || Status(r.status).dying() {
+				return nil
+			}
+			return show(r.flow())
+		})
 	})
 }
 
@@ -84,7 +86,7 @@ func (t *Tracker) DeleteFunc(ctx context.Context, filter Filter, doomed func(Flo
 	if err != nil {
 		return 0, err
 	}
-	if n, err = change(ctx, requests); err != nil {
+	if n, err = t.change(ctx, requests); err != nil {
 		err = fmt.Errorf("end flows: %w", err)
 	}
 	return n, err
@@ -106,7 +108,7 @@ func (t *Tracker) SetTimeouts(ctx context.Context, timeout func(Flow) (time.Dura
 	if err != nil {
 		return 0, err
 	}
-	if n, err = change(ctx, requests); err != nil {
+	if n, err = t.change(ctx, requests); err != nil {
 		err = fmt.Errorf("set the timeouts of flows: %w", err)
 	}
 	return n, err
@@ -121,22 +123,23 @@ var ErrOffloaded = errors.New("a flowtable has them")
 const changeBatch = 1000
 
 // change makes the requests, and returns how many were carried out.
-func change(ctx context.Context, requests []request) (n int, err error) {
+func (t *Tracker) change(ctx context.Context, requests []request) (n int, err error) {
 	if len(requests) == 0 {
 		return 0, nil
 	}
-	c, err := dial()
-	if err != nil {
-		return 0, err
-	}
-	defer c.close()
 	held := 0
-	for batch := range slices.Chunk(requests, changeBatch) {
-		done, busy, err := c.change(ctx, batch)
-		n, held = n+done, held+busy
-		if err != nil {
-			return n, err
+	err = t.conns.use(func(c *conn) error {
+		for batch := range slices.Chunk(requests, changeBatch) {
+			done, busy, err := c.change(ctx, batch)
+			n, held = n+done, held+busy
+			if err != nil {
+				return err
+			}
 		}
+		return nil
+	})
+	if err != nil {
+		return n, err
 	}
 	if held > 0 {
 		return n, fmt.Errorf("%d of them: %w", held, ErrOffloaded)

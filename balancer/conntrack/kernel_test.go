@@ -149,6 +149,7 @@ func newTracker(t testing.TB, log *zap.Logger) (*Tracker, *clock) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(tr.Close)
 	c := &clock{time.Unix(1e9, 0)}
 	tr.now = c.now
 	return tr, c
@@ -479,7 +480,7 @@ func TestRemoveSparesSuccessor(t *testing.T) {
 	wrong := names[1].attrs
 	wrong[len(wrong)-1] ^= 0xff
 
-	n, err := change(context.Background(), []request{{msgDelete, names[0]}, {msgDelete, names[1]}, {msgDelete, names[0]}})
+	n, err := tr.change(context.Background(), []request{{msgDelete, names[0]}, {msgDelete, names[1]}, {msgDelete, names[0]}})
 	if err != nil || n != 1 {
 		t.Errorf("removed %d, %v, want 1", n, err)
 	}

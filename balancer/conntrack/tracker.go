@@ -56,8 +56,9 @@ type Stats struct {
 // A Tracker counts flows. Its methods may be called from many goroutines, and
 // except for Counts' bytes of ended flows none needs Run.
 type Tracker struct {
-	log  *zap.Logger
-	mask uint32
+	log   *zap.Logger
+	mask  uint32
+	conns pool
 	// now is time.Now but for tests.
 	now func() time.Time
 
@@ -77,7 +78,8 @@ type Tracker struct {
 	stats  Stats
 }
 
-// New returns a Tracker. It opens nothing: each method opens what it needs.
+// New returns a Tracker. It opens nothing: each method opens what it needs, and
+// leaves it to the next.
 func New(o Options) (*Tracker, error) {
 	if o.Mask == 0 {
 		return nil, errors.New("conntrack: no bit of the mark is ours")
@@ -90,6 +92,9 @@ func New(o Options) (*Tracker, error) {
 		ready: make(chan struct{}), dumping: make(chan struct{}, 1), ledger: newLedger(),
 	}, nil
 }
+
+// Close closes the sockets that no method is using.
+func (t *Tracker) Close() { t.conns.close() }
 
 // Counts returns what was counted, by the bits of the mark that are in Mask. A
 // key has an entry once a flow of it was seen, and keeps it. The table is read,
@@ -155,24 +160,15 @@ func (t *Tracker) survey(ctx context.Context) error {
 	return nil
 }
 
-// dump reads the table on a socket of its own. It calls begin first and again
-// whenever the kernel makes it start over.
+// dump reads the table. It calls begin first and again whenever the kernel makes it
+// start over.
 func (t *Tracker) dump(ctx context.Context, filter markFilter, begin func(), f func(*record) error) error {
 	for range attempts {
 		begin()
-		err := dumpOnce(ctx, filter, f)
+		err := t.conns.use(func(c *conn) error { return c.dump(ctx, filter, f) })
 		if !errors.Is(err, errInterrupted) {
 			return err
 		}
 	}
 	return fmt.Errorf("dump conntrack table, %d times: %w", attempts, errInterrupted)
-}
-
-func dumpOnce(ctx context.Context, filter markFilter, f func(*record) error) error {
-	c, err := dial()
-	if err != nil {
-		return err
-	}
-	defer c.close()
-	return c.dump(ctx, filter, f)
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -199,6 +200,73 @@ func setReceiveBuffer(fd, bytes int) {
 }
 
 func (c *conn) close() { unix.Close(c.fd) }
+
+// A pool keeps connections for the next that needs one, since to close one may
+// take long: the kernel looks then whether the socket owned tables of nftables, and
+// before that waits for the transaction under way and for what the last one removed
+// to be freed, an RCU grace period or several (nft_rcv_nl_event). Reconcilers, who
+// ask conntrack between their transactions, would do so with each pass.
+type pool struct {
+	mu   sync.Mutex
+	idle []*conn
+}
+
+// poolIdle is how many connections are kept, each with its buffer of 64 KiB: few
+// use them at a time.
+const poolIdle = 2
+
+// use calls f with a connection that nobody else uses. One that fails may have
+// answers to come, and is not used again.
+func (p *pool) use(f func(*conn) error) error {
+	c := p.take()
+	if c == nil {
+		var err error
+		if c, err = dial(); err != nil {
+			return err
+		}
+	}
+	if err := f(c); err != nil {
+		c.close()
+		return err
+	}
+	p.put(c)
+	return nil
+}
+
+// take returns a connection that was kept, nil if none is left.
+func (p *pool) take() *conn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := len(p.idle)
+	if n == 0 {
+		return nil
+	}
+	c := p.idle[n-1]
+	p.idle = p.idle[:n-1]
+	return c
+}
+
+func (p *pool) put(c *conn) {
+	p.mu.Lock()
+	if len(p.idle) < poolIdle {
+		p.idle = append(p.idle, c)
+		c = nil
+	}
+	p.mu.Unlock()
+	if c != nil {
+		c.close()
+	}
+}
+
+func (p *pool) close() {
+	p.mu.Lock()
+	idle := p.idle
+	p.idle = nil
+	p.mu.Unlock()
+	for _, c := range idle {
+		c.close()
+	}
+}
 
 func (c *conn) send(b []byte) error {
 	err := retryEINTR(func() error {

@@ -215,6 +215,7 @@ func flowSums(ctx context.Context) ([]doctor.FlowSum, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer tracker.Close()
 	flows, err := tracker.Flows(ctx, conntrack.Filter{})
 	if err != nil {
 		return nil, err

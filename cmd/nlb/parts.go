@@ -68,7 +68,10 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 		nft:    dataplane,
 		ipvs:   virtual,
 		flows:  flowTable{dataplane, flows, prompter},
-		close:  func() error { return errors.Join(prompter.Close(), virtual.Close(), dataplane.Close()) },
+		close: func() error {
+			flows.Close()
+			return errors.Join(prompter.Close(), virtual.Close(), dataplane.Close())
+		},
 	}, nil
 }
 
