@@ -26,7 +26,8 @@ var rpFilterStrict = Scenario{
 	Why: "The packet arrives by eth0, but t1's route to its source is eth1. A strict reverse path filter " +
 		"(RFC 3704, 2.2) drops what arrives where its answer would not leave.",
 	Cure: "A policy rule on t1: what has the source 10.0.1.11 leaves by eth0, to lb. rp_filter follows it, and stays " +
-		"strict. (rp_filter=2 alone lets the packet in, and the answer out past lb: see asymmetric-return.)",
+		"strict. (rp_filter=2 alone lets the packet in, and the answer out past lb: see asymmetric-return.) " +
+		"The script return-route of deploy/target does this.",
 	build:   lab.MultiHomed,
 	options: lab.Options{Targets: 1},
 	naive: func(ctx context.Context, s *site) (f Finding, err error) {
@@ -134,7 +135,7 @@ var externalSNAT = Scenario{
 		"exception. gw has not seen the request, so it takes the answer for a new flow: neither lb nor the client " +
 		"knows its source.",
 	Cure: "n1 remembers which flows came from lb (it saves a mark with the connection, restores it to the answers) and " +
-		"routes these back to lb.",
+		"routes these back to lb. The script return-connmark of deploy/target does this.",
 	build: lab.Egress, hideProbes: true,
 	naive: func(ctx context.Context, s *site) (f Finding, err error) {
 		c1, pod := s.Clients[0], s.Targets[0]
