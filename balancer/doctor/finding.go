@@ -69,6 +69,9 @@ type Finding struct {
 	// person can: then Advice says how.
 	Cure   []Command `json:"cure"`
 	Advice string    `json:"advice,omitempty"`
+	// Recipe runs the script of deploy/target that cures it as well, and can be
+	// undone and made to last. Empty if there is none.
+	Recipe Command `json:"recipe,omitempty"`
 }
 
 // A Check looks for one kind of mistake.
@@ -90,6 +93,7 @@ type symptom struct {
 	what   string
 	cure   []Command
 	advice string
+	recipe Command
 	// doubtful says that not all was known that would decide it.
 	doubtful bool
 }
@@ -128,12 +132,12 @@ func (c Check) finding(s symptom) Finding {
 	}
 	return Finding{
 		Check: c.ID, Severity: severity, What: s.what, Consequence: c.Consequence,
-		Cure: append([]Command{}, s.cure...), Advice: s.advice, // a list in JSON, also when it is empty
+		Cure: append([]Command{}, s.cure...), Advice: s.advice, Recipe: s.recipe, // a list in JSON, also when it is empty
 	}
 }
 
 // Script is the cures as a shell script. What only a person can do is a comment
-// in it.
+// in it, and so are recipes, which may not be on this host.
 func Script(findings []Finding) string {
 	var b strings.Builder
 	b.WriteString("#!/bin/sh\nset -e\n")
@@ -141,6 +145,9 @@ func Script(findings []Finding) string {
 		fmt.Fprintf(&b, "\n# %s: %s\n", f.Check, oneLine(f.What))
 		if f.Advice != "" {
 			fmt.Fprintf(&b, "# by hand: %s\n", oneLine(f.Advice))
+		}
+		if len(f.Recipe) > 0 {
+			fmt.Fprintf(&b, "# recipe of deploy/target: %s\n", oneLine(f.Recipe.String()))
 		}
 		for _, c := range f.Cure {
 			fmt.Fprintln(&b, c)

@@ -283,7 +283,8 @@ func TestCommandsAreQuotedForAShell(t *testing.T) {
 
 func TestScript(t *testing.T) {
 	reboot := Finding{Check: "a", What: "one\nreboot", Advice: "two\rreboot", Cure: []Command{{"true", "x y"}}}
-	want := "#!/bin/sh\nset -e\n\n# a: one?reboot\n# by hand: two?reboot\ntrue 'x y'\n"
+	reboot.Recipe = Command{"mend", "a\nb"}
+	want := "#!/bin/sh\nset -e\n\n# a: one?reboot\n# by hand: two?reboot\n# recipe of deploy/target: mend 'a?b'\ntrue 'x y'\n"
 	if d := cmp.Diff(want, Script([]Finding{reboot})); d != "" {
 		t.Error(d)
 	}

@@ -9,9 +9,14 @@ import (
 	"nlb/balancer"
 )
 
-// returnTable is the routing table that the cures of a target use; it is the
-// target's own number, beyond those that distributions hand out.
-const returnTable = "4700"
+// The routing table, priority and protocol of deploy/target/return-route, which
+// takes over what the cures of a target have done: numbers beyond those that
+// distributions and routing daemons use.
+const (
+	returnTable    = "4700"
+	returnPriority = "4700"
+	returnOwner    = "78"
+)
 
 func targetChecks() []Check {
 	return []Check{
@@ -40,14 +45,16 @@ func targetChecks() []Check {
 			ID: "target-return-path", Role: Target, Severity: Error,
 			Seeks:       "replies to clients do not leave by the balancer, and clients' addresses are kept (preserve, hairpin_snat, or no configuration to tell)",
 			Consequence: "Nobody puts the VIP back into the replies, so that clients time out.",
-			Cure:        "ip route replace default via LB dev IF table " + returnTable + "; ip rule add from TARGET lookup " + returnTable,
-			look:        targetReturnPath,
+			Cure: "return-route of deploy/target, or the like of it: ip route replace default via LB dev IF table " + returnTable + " proto " + returnOwner +
+				"; ip rule add priority " + returnPriority + " from TARGET lookup " + returnTable + " proto " + returnOwner +
+				"; on a node whose pods reply: return-connmark of deploy/target",
+			look: targetReturnPath,
 		},
 		{
 			ID: "target-rp-filter", Role: Target, Severity: Error,
 			Seeks:       "the interface to the balancer has strict reverse-path filtering (the larger of all and the interface is 1), and the route to clients leaves by another",
 			Consequence: "Packets that keep the client's address are dropped on arrival.",
-			Cure:        "sysctl -w net.ipv4.conf.IF.rp_filter=2",
+			Cure:        "sysctl -w net.ipv4.conf.IF.rp_filter=2; or return-route of deploy/target, and it stays strict",
 			look:        targetReversePath,
 		},
 		{
@@ -136,12 +143,33 @@ func targetReturnPath(f *Facts) (all []symptom) {
 		if w.self().Is6() {
 			ip = append(ip, "-6")
 		}
-		all = append(all, found(fmt.Sprintf("%s to %s %s, not by %s", w.self(), w.client.To, w.client.way(), w.balancer.To),
-			slices.Concat(ip, Command{"route", "replace", "default", "via", w.balancer.To.String(), "dev", w.balancer.Interface, "table", returnTable}),
-			slices.Concat(ip, Command{"rule", "add", "from", w.self().String(), "lookup", returnTable}),
-		))
+		s := found(fmt.Sprintf("%s to %s %s, not by %s", w.self(), w.client.To, w.client.way(), w.balancer.To),
+			slices.Concat(ip, Command{"route", "replace", "default", "via", w.balancer.To.String(), "dev", w.balancer.Interface, "table", returnTable, "proto", returnOwner}),
+			slices.Concat(ip, Command{"rule", "add", "priority", returnPriority, "from", w.self().String(), "lookup", returnTable, "proto", returnOwner}),
+		)
+		s.recipe = f.recipe(w)
+		all = append(all, s)
 	}
 	return all
+}
+
+// recipe is the script that has replies leave by the balancer of a way; there is
+// none if the balancer is not on the link. As the script undoes what it is not told
+// of, the line has the other family too.
+func (f *Facts) recipe(w wayBack) Command {
+	if w.balancer.Gateway.IsValid() {
+		return nil
+	}
+	c := Command{"return-route", "apply"}
+	for _, v6 := range []bool{false, true} {
+		ways := slices.DeleteFunc(append([]wayBack{w}, f.waysBack()...), func(o wayBack) bool {
+			return o.self().Is6() != v6 || o.balancer.Gateway.IsValid() || o.balancer.Interface != w.balancer.Interface || !f.keepsClients(o.self())
+		})
+		if len(ways) > 0 {
+			c = append(c, "--source", ways[0].self().String(), "--lb", ways[0].balancer.To.String())
+		}
+	}
+	return append(c, "--dev", w.balancer.Interface)
 }
 
 // way says a route in words.
@@ -163,7 +191,9 @@ func targetReversePath(f *Facts) (all []symptom) {
 		if w.self().Is6() || !f.strict(in) || w.client.Interface == in || !f.keepsClients(w.self()) {
 			continue
 		}
-		all = append(all, found(fmt.Sprintf("%s, and the route to %s %s", f.filterWords(in), w.client.To, w.client.way()), loosen(in)))
+		s := found(fmt.Sprintf("%s, and the route to %s %s", f.filterWords(in), w.client.To, w.client.way()), loosen(in))
+		s.recipe = f.recipe(w)
+		all = append(all, s)
 	}
 	return all
 }

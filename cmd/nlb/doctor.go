@@ -304,6 +304,9 @@ func renderFindings(b *bytes.Buffer, findings []doctor.Finding) {
 		if f.Advice != "" {
 			rows = append(rows, []string{"", "", "by hand: " + f.Advice})
 		}
+		if len(f.Recipe) > 0 {
+			rows = append(rows, []string{"", "", "recipe of deploy/target: " + f.Recipe.String()})
+		}
 	}
 	renderRows(b, rows)
 	fmt.Fprintf(b, "\n%s; nlb doctor --fix prints the cures as a script\n", tallyOf(findings))

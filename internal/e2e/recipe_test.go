@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os/exec"
@@ -244,10 +245,20 @@ func TestReturnRoute(t *testing.T) {
 	}))
 	unanswered(t, "without the recipe", top, ports)
 	before := r.state()
+	example := strings.Join(append([]string{r.name, "apply"}, r.example...), " ")
+	if diff := cmp.Diff([]string{
+		"target-return-path: " + example, "target-return-path: " + example, "target-rp-filter: " + example,
+	}, diagnosed(t, target)); diff != "" {
+		t.Errorf("what nlb doctor finds, and the recipe it names (-want +got):\n%s", diff)
+	}
+
 	r.apply("")
 	answered(t, "with the recipe", top, ports)
 	if filter := must(t, target, "sysctl", "-n", "net.ipv4.conf.all.rp_filter"); filter != "1\n" {
 		t.Errorf("the filter is no longer strict: %s", filter)
+	}
+	if found := diagnosed(t, target); len(found) > 0 {
+		t.Errorf("nlb doctor still finds %q", found)
 	}
 	applied := r.state()
 	status := regexp.MustCompile(`(?:rule|route) .*(?:lookup 4700|via \S+)`).FindAllString(r.run("status").stdout, -1)
@@ -295,6 +306,45 @@ func TestReturnRoute(t *testing.T) {
 		t.Errorf("the options of the unit: %+v", out)
 	}
 	r.same("removed with the unit's options", before)
+
+	// What nlb doctor does by itself is what the recipe does, which takes it over.
+	if out := onTarget(t, target, "--fix", "--apply"); out.code != 0 {
+		t.Errorf("nlb doctor --fix --apply: %+v", out)
+	}
+	again := regexp.MustCompile(`(?:rule|route) .*(?:lookup 4700|via \S+)`).FindAllString(r.run("status").stdout, -1)
+	if diff := cmp.Diff(status, again); diff != "" {
+		t.Errorf("the recipe (-) and the cure of nlb doctor (+) differ:\n%s", diff)
+	}
+	r.apply("")
+	if out := r.run("remove"); out.code != 0 {
+		t.Errorf("remove: %+v", out)
+	}
+	if out := r.run("status"); out.code != 1 {
+		t.Errorf("of the cures of nlb doctor, the recipe left: %+v", out)
+	}
+}
+
+// onTarget runs nlb doctor on a target of a lab.
+func onTarget(t *testing.T, n *lab.Node, args ...string) output {
+	t.Helper()
+	args = append([]string{"doctor", "--target", "--lb", "10.0.1.1", "--lb", "2001:db8:1::1"}, args...)
+	return finish(t, n.Command(soon(t), program, args...))
+}
+
+// diagnosed is what nlb doctor finds on a target, with the recipes it names.
+func diagnosed(t *testing.T, n *lab.Node) (all []string) {
+	t.Helper()
+	out := onTarget(t, n, "-o", "json")
+	var report struct {
+		Findings []struct{ ID, Recipe string }
+	}
+	if err := json.Unmarshal([]byte(out.stdout), &report); err != nil {
+		t.Fatalf("nlb doctor: %v: %+v", err, out)
+	}
+	for _, f := range report.Findings {
+		all = append(all, f.ID+": "+f.Recipe)
+	}
+	return all
 }
 
 // networkd is what return-route.conf asks systemd-networkd for, in the words of
