@@ -38,11 +38,12 @@ build-static: need-go ## build bin/nlb-static, which runs where there is no libc
 vmrun: need-go ## build bin/vmrun, which runs a test binary in an emulated machine
 	@CGO_ENABLED=0 $(GO) build -o bin/vmrun ./internal/vm/vmrun
 
-lint: need-go ## gofmt, go vet, staticcheck
+lint: need-go ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l .); \
 		if [[ -n $$unformatted ]]; then echo "gofmt -w would change:"; echo "$$unformatted"; exit 1; fi
 	@$(GO) vet ./...
 	@$(GO) run $(STATICCHECK) ./...
+	@grep -rlE '^#!.*sh$$' .ci deploy | xargs shellcheck
 
 check: lint vulncheck ## lint, and known vulnerabilities where their database is reachable
 
