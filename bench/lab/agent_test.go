@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 // pair is a client, a balancer that only routes, and one target.
@@ -126,6 +127,10 @@ func TestTargetReadsProxyHeaders(t *testing.T) {
 		got, err := readProxyHeader(bufio.NewReader(strings.NewReader(tt.raw)))
 		if (err != nil) != tt.bad || !tt.bad && got.String() != tt.client {
 			t.Errorf("%s: %v, %v, want %s", tt.name, got, err, tt.client)
+		}
+		seen, ok := Packet{Proto: unix.IPPROTO_TCP, Data: []byte("both headers" + tt.raw)}.ProxySource()
+		if named := !tt.bad && got.IsValid(); ok != named || ok && seen != got {
+			t.Errorf("%s in a packet: %v, %v, want %v, %v", tt.name, seen, ok, got, named)
 		}
 	}
 

@@ -263,6 +263,17 @@ func readProxyHeader(r *bufio.Reader) (netip.AddrPort, error) {
 	return netip.AddrPort{}, errNoProxyHeader
 }
 
+// ProxySource is the client that a PROXY v2 header in the packet's Data names. It
+// reports false if there is no header, or one that names nobody.
+func (p Packet) ProxySource() (netip.AddrPort, bool) {
+	i := bytes.Index(p.Data, []byte(proxySignature))
+	if p.Proto != unix.IPPROTO_TCP || i < 0 {
+		return netip.AddrPort{}, false
+	}
+	client, err := readProxyHeader(bufio.NewReader(bytes.NewReader(p.Data[i:])))
+	return client, err == nil && client.IsValid()
+}
+
 // answerHTTP reads the header to its end, lest the close turn into a reset.
 func answerHTTP(c net.Conn, lines *bufio.Reader, body []byte) {
 	for {
