@@ -44,6 +44,8 @@ type Cell struct {
 	Error string `json:"error,omitempty"`
 	// Says is Sees and Header by their roles, or the error, in a word or two.
 	Says string `json:"says"`
+
+	walked Finding // the packets' way, with Options.Walks
 }
 
 // A Rate is how fast connections are made, one question and one answer each, as a
@@ -167,7 +169,7 @@ func Compare(ctx context.Context, o Options) (Comparison, error) {
 // withNLB builds the network and runs nlb with every mode in it, for as long as
 // do takes.
 func (n comparedNet) withNLB(ctx context.Context, o Options, do func(*site) error) (err error) {
-	s, err := newSite(Scenario{Name: n.name, build: n.build, options: n.options}, Options{Program: o.Program})
+	s, err := newSite(Scenario{Name: n.name, build: n.build, options: n.options}, Options{Program: o.Program, Walks: o.Walks})
 	if err != nil {
 		return err
 	}
@@ -244,7 +246,8 @@ listeners:
 // compareTime is how long a call may take: many cells are calls that hang.
 const compareTime = 2 * time.Second
 
-// try makes the call by all modes at once.
+// try makes the call by all modes at once, or one after the other if their packets
+// are to be told apart.
 func (c comparedCase) try(ctx context.Context, s *site) (done Case, err error) {
 	if c.prepare != nil {
 		if err := c.prepare(s); err != nil {
@@ -256,6 +259,10 @@ func (c comparedCase) try(ctx context.Context, s *site) (done Case, err error) {
 	failed := make([]error, len(Modes))
 	var calls sync.WaitGroup
 	for i := range Modes {
+		if s.options.Walks {
+			done.Cells[i], failed[i] = c.walk(ctx, s, i)
+			continue
+		}
 		calls.Go(func() { done.Cells[i], failed[i] = c.cell(ctx, s, i) })
 	}
 	calls.Wait()

@@ -20,13 +20,14 @@ type Hop struct {
 	What string         `json:"what"` // such as "SYN", "udp", "icmp port unreachable"
 	// Times counts it and its repetitions.
 	Times int `json:"times"`
-	// Note is what the sending node did to the packet that it had received.
+	// Note is what the sending node did to the packet that it had received, or whom
+	// its PROXY header names.
 	Note string `json:"note,omitempty"`
 }
 
 // path reads the way of the packets from the captures: each packet once for each
-// link, those that open or refuse a connection, and all of UDP and ICMP. All namespaces have the kernel's one clock, so its times order
-// them.
+// link, those that open or refuse a connection, and all of UDP and ICMP. All
+// namespaces have the kernel's one clock, so its times order them.
 func (s *site) path(ctx context.Context) ([]Hop, error) {
 	var all []sighting
 	for _, w := range s.watched {
@@ -53,9 +54,16 @@ type sighting struct {
 	node string
 }
 
-// telling leaves out what says nothing new: data takes the way of the SYN.
+// telling leaves out what says nothing new: data takes the way of the SYN. A PROXY
+// header is what a relay adds to it.
 func telling(p lab.Packet) bool {
-	return p.Proto != unix.IPPROTO_TCP || p.Flags&(lab.SYN|lab.RST) != 0
+	return p.Proto != unix.IPPROTO_TCP || p.Flags&(lab.SYN|lab.RST) != 0 || introduces(p)
+}
+
+// introduces tells the segment that has a PROXY v2 header.
+func introduces(p lab.Packet) bool {
+	_, ok := p.ProxySource()
+	return ok
 }
 
 // mostHops bounds a path. What comes later repeats what was shown.
@@ -77,6 +85,9 @@ func hops(all []sighting) []Hop {
 				h.To = all[j].node
 			}
 			h.Note = rewriting(all[:i], p)
+			if client, ok := p.ProxySource(); ok && !passedOn(all[:i], p) {
+				h.Note = fmt.Sprintf("the header names %v", client)
+			}
 		} else {
 			h.To = p.node
 		}
@@ -133,6 +144,11 @@ func rewriting(before []sighting, p sighting) string {
 	return ""
 }
 
+// passedOn tells a packet that its sender had received.
+func passedOn(before []sighting, p sighting) bool {
+	return slices.ContainsFunc(before, func(q sighting) bool { return q.node == p.node && !q.Out && same(q.Packet, p.Packet) })
+}
+
 // what names a packet.
 func what(p lab.Packet) string {
 	switch p.Proto {
@@ -144,6 +160,8 @@ func what(p lab.Packet) string {
 			return "SYN+ACK"
 		case p.Flags&lab.SYN != 0:
 			return "SYN"
+		case introduces(p):
+			return "PROXY header"
 		case p.Flags&lab.PSH != 0:
 			return "data"
 		}
@@ -152,6 +170,8 @@ func what(p lab.Packet) string {
 		return "udp"
 	case unix.IPPROTO_ICMP:
 		return icmpName(p.ICMPType, p.ICMPCode)
+	case unix.IPPROTO_ICMPV6:
+		return icmp6Name(p.ICMPType, p.ICMPCode)
 	}
 	return fmt.Sprintf("protocol %d", p.Proto)
 }
@@ -165,4 +185,12 @@ func icmpName(kind, code uint8) string {
 		}
 	}
 	return fmt.Sprintf("icmp type %d code %d", kind, code)
+}
+
+// icmp6Name is the message's name (RFC 4443, 3.1).
+func icmp6Name(kind, code uint8) string {
+	if names := map[uint8]string{0: "net", 3: "host", 4: "port"}; kind == 1 && names[code] != "" {
+		return "icmp6 " + names[code] + " unreachable"
+	}
+	return fmt.Sprintf("icmp6 type %d code %d", kind, code)
 }

@@ -27,12 +27,16 @@ func (s *site) martianAt(ctx context.Context, node *lab.Node, source netip.Addr,
 	if !arrived || replied || f.Works {
 		return f, nil
 	}
-	f.Evidence = fmt.Sprintf("%v > %v arrived at %s, which has %v itself: %s, no answer; the caller: %s",
-		came.From(), came.To(), node.Name, source, martian, r.Err)
+	f.Evidence = fmt.Sprintf("%s; the caller: %s", martianWords(came.From(), came.To(), node.Name), r.Err)
 	if line := log.martian(came.Dst, came.Src); line != "" {
 		f.Evidence = fmt.Sprintf("the kernel of %s: %q; the caller: %s", node.Name, line, r.Err)
 	}
 	return f, nil
+}
+
+// martianWords tells of a martian without the kernel's log.
+func martianWords(from, to netip.AddrPort, node string) string {
+	return fmt.Sprintf("%v > %v arrived at %s, which has %v itself: %s, no answer", from, to, node, from.Addr(), martian)
 }
 
 // strangerAt judges a call that came to nothing because the answer came from

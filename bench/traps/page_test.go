@@ -1,17 +1,20 @@
 package traps
 
 import (
+	stdcmp "cmp"
 	"flag"
 	"fmt"
 	"net/netip"
 	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 )
 
-var update = flag.Bool("update", false, "rewrite the tables of the documentation")
+var update = flag.Bool("update", false, "rewrite the documentation's tables and drawings, and the golden files")
 
 // labPage has a table of the scenarios.
 const labPage = "../../docs/lab.md"
@@ -20,7 +23,7 @@ const labPage = "../../docs/lab.md"
 func TestPage(t *testing.T) {
 	var rows strings.Builder
 	for _, sc := range All() {
-		fmt.Fprintf(&rows, "| `%s` | %s: %s | %s | %s |\n", sc.Name, sc.Title, sc.Naive, sc.Why, sc.Cure)
+		fmt.Fprintf(&rows, "| [`%s`](walks/%[1]s.svg) | %s: %s | %s | %s |\n", sc.Name, sc.Title, sc.Naive, sc.Why, sc.Cure)
 	}
 	compareTable(t, labPage, "| scenario |", rows.String())
 }
@@ -61,7 +64,7 @@ const comparePage = "../../docs/compare.md"
 // TestCompare holds the page to what the modes really do.
 func TestCompare(t *testing.T) {
 	t.Parallel()
-	c, err := Compare(soon(t), Options{Program: program})
+	c, err := Compare(soon(t), Options{Program: program, Walks: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +72,11 @@ func TestCompare(t *testing.T) {
 	for _, done := range c.Cases {
 		fmt.Fprintf(&rows, "| %s: %s |", done.Name, done.Title)
 		for _, cell := range done.Cells {
-			fmt.Fprintf(&rows, " %s |", cell.Says)
+			says := cell.Says
+			if name := done.walk(cell).Name; slices.Contains(shownCells(), name) {
+				says = fmt.Sprintf("[%s](walks/%s.svg)", says, name)
+			}
+			fmt.Fprintf(&rows, " %s |", says)
 		}
 		rows.WriteString("\n")
 	}
@@ -77,11 +84,155 @@ func TestCompare(t *testing.T) {
 		t.Errorf("%d cases, want %d", len(c.Cases), len(caseOrder))
 	}
 	compareTable(t, comparePage, "| case |", rows.String())
+	for _, w := range c.Walks() {
+		for _, fault := range faults(w) {
+			t.Errorf("%s: %s", w.Name, fault)
+		}
+		if slices.Contains(shownCells(), w.Name) {
+			compareDrawing(t, walksFolder, steady(w))
+		}
+	}
 	for line := range strings.Lines(ComparisonText(c)) {
 		if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > MinWidth {
 			t.Errorf("%d columns wide: %s", n, line)
 		}
 	}
+}
+
+// walksFolder has the drawings that the documentation shows.
+const walksFolder = "../../docs/walks"
+
+// shownCells are the names of the compared calls that are drawn there.
+func shownCells() []string {
+	var names []string
+	for _, c := range []string{"outside client", "hairpin, self", "same subnet"} {
+		for _, mode := range Modes {
+			names = append(names, slug.Replace(c+"-"+mode))
+		}
+	}
+	return names
+}
+
+// TestWalksFolder has each drawing there, and none that nothing is compared with.
+func TestWalksFolder(t *testing.T) {
+	if *update {
+		return // others are about to write there
+	}
+	var want []string
+	for _, name := range shownCells() {
+		want = append(want, name+".svg")
+	}
+	for _, sc := range All() {
+		want = append(want, sc.Name+".svg")
+	}
+	slices.Sort(want)
+	files, err := os.ReadDir(walksFolder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, f := range files {
+		got = append(got, f.Name())
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", walksFolder, diff)
+	}
+}
+
+var (
+	aPort       = regexp.MustCompile(`([0-9a-f.\]]:)(\d+)\b`)
+	aCount      = regexp.MustCompile(`(drops (?:is|was)|rose by) \d+`)
+	logsMartian = regexp.MustCompile(`^the kernel of \w+: "martian source [^"]*"`)
+)
+
+// repeating are the scenarios that are about packets that are repeated.
+var repeating = []string{emptyBackends.Name, staleUDP.Name}
+
+// steady is a walk without what differs between two runs of it:
+//
+//   - The kernel chooses the ports of those who call. They are counted from 40001,
+//     in the order in which they appear in a set-up.
+//   - On a slow machine a packet may be repeated before its answer comes, and what
+//     counts packets counts it twice. Only scenarios that are about repetitions
+//     show them.
+//   - The kernel does not log every martian, and not everybody may read its log.
+//     What a capture has of it is always there.
+//   - With fail-open, the caller's port decides which target has the call. It is
+//     called t1.
+//   - With stale-udp, nlb needs a moment to remove the flow: what is sent until then
+//     is still refused by the kernel of the target that has left.
+func steady(w Walk) Walk {
+	w.Parts = slices.Clone(w.Parts)
+	switch w.Name {
+	case failOpen.Name:
+		w.Parts[1].Finding = chosenFirst(w.Parts[1].Finding)
+	case staleUDP.Name:
+		w.Parts[1].Finding.Path = withoutRefusals(w.Parts[1].Finding.Path)
+	}
+	for i := range w.Parts {
+		f := &w.Parts[i].Finding
+		f.Path = slices.Clone(f.Path)
+		if end := len(f.Path) - 1; end >= 0 {
+			last := f.Path[end]
+			f.Evidence = logsMartian.ReplaceAllLiteralString(f.Evidence, martianWords(last.Src, last.Dst, last.To))
+		}
+		f.Evidence = aCount.ReplaceAllString(f.Evidence, "$1 1")
+		ports := make(map[string]string)
+		named := func(text string) string {
+			return aPort.ReplaceAllStringFunc(text, func(end string) string {
+				m := aPort.FindStringSubmatch(end)
+				return m[1] + stdcmp.Or(ports[m[2]], m[2])
+			})
+		}
+		for j := range f.Path {
+			h := &f.Path[j]
+			if !slices.Contains(repeating, w.Name) {
+				h.Times = 1
+			}
+			h.Src, h.Dst = steadyEnd(ports, h.Src), steadyEnd(ports, h.Dst)
+			h.Note = named(h.Note)
+		}
+		f.Evidence = named(f.Evidence)
+	}
+	return w
+}
+
+// chosenFirst calls t2 t1.
+func chosenFirst(f Finding) Finding {
+	rename := strings.NewReplacer("t2", "t1", "10.0.1.12", "10.0.1.11")
+	f.Path, f.Evidence = slices.Clone(f.Path), rename.Replace(f.Evidence)
+	for i := range f.Path {
+		h := &f.Path[i]
+		h.From, h.To = rename.Replace(h.From), rename.Replace(h.To)
+		h.Src, h.Dst = netip.MustParseAddrPort(rename.Replace(h.Src.String())), netip.MustParseAddrPort(rename.Replace(h.Dst.String()))
+	}
+	return f
+}
+
+// withoutRefusals leaves out what a target that has left refused, and the packets
+// that it refused.
+func withoutRefusals(path []Hop) []Hop {
+	path = slices.DeleteFunc(slices.Clone(path), func(h Hop) bool { return strings.HasPrefix(h.What, "icmp") })
+	for i := range path {
+		if path[i].To == "t1" {
+			path[i].Times = 1
+		}
+	}
+	return path
+}
+
+// steadyEnd counts ports of the range that the kernel chooses from, of which the
+// lab's servers have none.
+func steadyEnd(ports map[string]string, a netip.AddrPort) netip.AddrPort {
+	const first = 32768 // net.ipv4.ip_local_port_range
+	if a.Port() < first {
+		return a
+	}
+	was := fmt.Sprint(a.Port())
+	if ports[was] == "" {
+		ports[was] = fmt.Sprint(40001 + len(ports))
+	}
+	return netip.MustParseAddrPort(strings.TrimSuffix(a.String(), was) + ports[was])
 }
 
 // TestMeasureRates measures; what comes out is the machine's affair.

@@ -52,6 +52,8 @@ type Finding struct {
 	Evidence string `json:"evidence"`
 	// Path is the way of the packets.
 	Path []Hop `json:"path"`
+	// Stations are the nodes that were watched, as the set-up left them.
+	Stations []Station `json:"-"`
 }
 
 // The verdicts of a Result.
@@ -84,6 +86,9 @@ type Options struct {
 	// Captures is a folder for the packets of each set-up and node, in pcap
 	// format; "" for none. It has to exist.
 	Captures string
+	// Walks has Compare keep the packets' ways, for which it makes one call at a
+	// time.
+	Walks bool
 	// WithoutCure leaves out what the scenario's cure is about: the check of the
 	// check. The verdict has to be Broken then.
 	WithoutCure bool
@@ -167,6 +172,9 @@ func (s *site) stage(ctx context.Context, name string, run func(context.Context,
 		if f.Path, err = s.path(ctx); err != nil {
 			return f, err
 		}
+	}
+	if f.Stations, err = s.stations(); err != nil {
+		return f, err
 	}
 	if s.options.Captures != "" {
 		prefix := filepath.Join(s.options.Captures, s.scenario.Name+"-"+name)

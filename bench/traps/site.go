@@ -219,7 +219,13 @@ func (s *site) packets(ctx context.Context, n *lab.Node) ([]lab.Packet, error) {
 		return nil, fmt.Errorf("%s is not watched", n.Name)
 	}
 	return s.watched[i].capture.Packets(ctx, func(p lab.Packet) bool {
-		return p.Src.Is4() && (p.Proto == unix.IPPROTO_TCP || p.Proto == unix.IPPROTO_UDP || p.Proto == unix.IPPROTO_ICMP)
+		switch p.Proto {
+		case unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMP:
+			return true
+		case unix.IPPROTO_ICMPV6:
+			return p.ICMPType < 128 // an error (RFC 4443, 2.1)
+		}
+		return false
 	})
 }
 

@@ -39,15 +39,21 @@ func Text(sc Scenario, r Result, width int) string {
 func (b *page) setUp(name, text string, f Finding) {
 	b.paragraph(fmt.Sprintf("%-9s", name), text)
 	b.path(f.Path)
-	word := "fails"
+	b.paragraph("  "+outcome(f)+"  ", f.proof())
+}
+
+func outcome(f Finding) string {
 	if f.Works {
-		word = "works"
+		return "works"
 	}
-	evidence := f.Evidence
-	if evidence == "" {
-		evidence = "the reason was not seen"
+	return "fails"
+}
+
+func (f Finding) proof() string {
+	if f.Evidence == "" {
+		return "the reason was not seen"
 	}
-	b.paragraph("  "+word+"  ", evidence)
+	return f.Evidence
 }
 
 func verdictWords(r Result) string {

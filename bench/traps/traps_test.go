@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
@@ -95,6 +96,11 @@ func TestScenarios(t *testing.T) {
 			if len(r.Naive.Path) == 0 || len(r.Cure.Path) == 0 {
 				t.Error("no packet was shown")
 			}
+			w := NewWalk(sc, r)
+			for _, fault := range faults(w) {
+				t.Error(fault)
+			}
+			compareDrawing(t, walksFolder, steady(w))
 		})
 	}
 }
@@ -135,12 +141,13 @@ func TestUnsupported(t *testing.T) {
 	}
 }
 
-// TestKeepAndCaptures has the command leave a lab and its packets, and nothing
-// once they are removed.
+// TestKeepAndCaptures has the command leave a lab, its packets and their drawing,
+// and nothing once they are removed.
 func TestKeepAndCaptures(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	out, err := exec.CommandContext(soon(t), program, "lab", "run", "hairpin-self", "--keep", "--pcap", dir, "-o", "json").Output()
+	drawings := filepath.Join(dir, "not", "there")
+	out, err := exec.CommandContext(soon(t), program, "lab", "run", "hairpin-self", "--keep", "--pcap", dir, "--svg", drawings, "-o", "json").Output()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -159,6 +166,10 @@ func TestKeepAndCaptures(t *testing.T) {
 		if err != nil || len(text) <= 24 || binary.LittleEndian.Uint32(text) != 0xa1b23c4d {
 			t.Errorf("%s: %d bytes, %v", name, len(text), err)
 		}
+	}
+	drawing, err := os.ReadFile(filepath.Join(drawings, "hairpin-self.svg"))
+	if err != nil || !bytes.Contains(drawing, []byte("198.51.100.10:80")) {
+		t.Errorf("%s, %v", drawing, err)
 	}
 	removed, err := RemoveKept()
 	if err != nil {
@@ -280,5 +291,42 @@ func TestHops(t *testing.T) {
 	}
 	if len(got) != len(want) {
 		t.Errorf("%d hops, want %d", len(got), len(want))
+	}
+}
+
+// TestHopsNameTheClient of a PROXY header, where it is sent first.
+func TestHopsNameTheClient(t *testing.T) {
+	header := "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\xcb\x00\x71\x09\xc6\x33\x64\x0a\x9c\xb0\x00\x50"
+	at := func(node string, out bool, ms int) sighting {
+		return sighting{lab.Packet{
+			Time: time.Unix(0, int64(ms)*1e6), Iface: "eth0", Out: out, Proto: unix.IPPROTO_TCP, Flags: lab.PSH | lab.ACK, Data: []byte(header),
+			Src: netip.MustParseAddr("10.0.1.1"), SrcPort: 51514, Dst: netip.MustParseAddr("10.244.1.11"), DstPort: 8080,
+		}, node}
+	}
+	want := []Hop{
+		hop("lb", "n1", "10.0.1.1:51514", "10.244.1.11:8080", "PROXY header", "the header names 203.0.113.9:40112"),
+		hop("n1", "p1x1", "10.0.1.1:51514", "10.244.1.11:8080", "PROXY header", ""),
+	}
+	got := hops([]sighting{at("lb", true, 1), at("n1", false, 2), at("n1", true, 3), at("p1x1", false, 4)})
+	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestWhat(t *testing.T) {
+	for want, p := range map[string]lab.Packet{
+		"SYN+ACK":                {Proto: unix.IPPROTO_TCP, Flags: lab.SYN | lab.ACK},
+		"RST":                    {Proto: unix.IPPROTO_TCP, Flags: lab.RST | lab.ACK},
+		"data":                   {Proto: unix.IPPROTO_TCP, Flags: lab.PSH | lab.ACK},
+		"udp":                    {Proto: unix.IPPROTO_UDP},
+		"icmp host unreachable":  {Proto: unix.IPPROTO_ICMP, ICMPType: 3, ICMPCode: 1},
+		"icmp type 3 code 4":     {Proto: unix.IPPROTO_ICMP, ICMPType: 3, ICMPCode: 4},
+		"icmp6 port unreachable": {Proto: unix.IPPROTO_ICMPV6, ICMPType: 1, ICMPCode: 4},
+		"icmp6 type 2 code 0":    {Proto: unix.IPPROTO_ICMPV6, ICMPType: 2},
+		"protocol 132":           {Proto: 132},
+	} {
+		if got := what(p); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }

@@ -24,7 +24,7 @@ func newLab() *cobra.Command {
 		Long: `lab builds networks out of namespaces, falls into a trap with a naive set-up, and runs
 nlb in the same network. It needs root and no other program, touches nothing outside
 its namespaces, and removes them; run --keep leaves them, run --pcap DIR keeps
-the packets, -o json prints for machines.`,
+the packets, --svg DIR draws them, -o json prints for machines.`,
 		RunE: func(*cobra.Command, []string) error {
 			return usageError{errors.New("lab wants list, run, compare or remove")}
 		},
@@ -70,8 +70,9 @@ func describeScenarios(all []traps.Scenario) []description {
 
 func newLabRun() *cobra.Command {
 	var (
-		out     output
-		options traps.Options
+		out      output
+		options  traps.Options
+		drawings string
 	)
 	cmd := &cobra.Command{
 		Use:   "run NAME...|all",
@@ -80,7 +81,7 @@ func newLabRun() *cobra.Command {
 cure, and the way of the packets in both, hop by hop, read from captures.
 
 Exit codes: 0 every naive set-up failed as described and every cure works, 1 otherwise.`,
-		Example:           "  nlb lab run hairpin-self\n  nlb lab run all -o json\n  nlb lab run rp-filter-strict --pcap /tmp/packets --keep",
+		Example:           "  nlb lab run hairpin-self\n  nlb lab run all -o json\n  nlb lab run rp-filter-strict --pcap /tmp/packets --keep\n  nlb lab run all --svg /tmp/walks",
 		ValidArgsFunction: completeScenarios,
 		Args: func(_ *cobra.Command, args []string) error {
 			_, err := chosenScenarios(args)
@@ -97,32 +98,46 @@ Exit codes: 0 every naive set-up failed as described and every cure works, 1 oth
 			if options.Program, err = os.Executable(); err != nil {
 				return err
 			}
-			if options.Captures != "" {
-				if err := os.MkdirAll(options.Captures, 0o755); err != nil {
-					return err
-				}
+			if err := makeFolders(options.Captures, drawings); err != nil {
+				return err
 			}
 			ctx, stop := untilHangup(cmd.Context())
 			defer stop()
-			return runScenarios(ctx, cmd.OutOrStdout(), cmd.ErrOrStderr(), chosen, options, out)
+			return runScenarios(ctx, cmd.OutOrStdout(), cmd.ErrOrStderr(), chosen, options, drawings, out)
 		},
 	}
 	addOutput(cmd, &out)
 	cmd.Flags().BoolVar(&options.Keep, "keep", false, "leave the namespaces, with nlb running in them")
 	cmd.Flags().StringVar(&options.Captures, "pcap", "", "a folder for the packets, a file for each node")
+	cmd.Flags().StringVar(&drawings, "svg", "", "a folder for drawings of the packets' way, NAME.svg")
 	return cmd
+}
+
+// makeFolders makes those that are wanted, before there is anything to lose.
+func makeFolders(names ...string) error {
+	for _, name := range names {
+		if name == "" {
+			continue
+		}
+		if err := os.MkdirAll(name, 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func newLabCompare() *cobra.Command {
 	var (
-		out   output
-		rates bool
+		out      output
+		rates    bool
+		drawings string
 	)
 	cmd := &cobra.Command{
 		Use:   "compare",
 		Short: "Compare the modes: who works where, and what the target sees",
 		Long: `compare tries every client_ip mode in the same cases, and prints what the target saw
-of its caller, or why the call failed. It measures how fast connections are made, too.`,
+of its caller, or why the call failed. It measures how fast connections are made, too.
+With --svg it draws the packets' way of each call, and makes one call at a time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := needRoot(); err != nil {
@@ -132,12 +147,18 @@ of its caller, or why the call failed. It measures how fast connections are made
 			if err != nil {
 				return err
 			}
+			if err := makeFolders(drawings); err != nil {
+				return err
+			}
 			ctx, stop := untilHangup(cmd.Context())
 			defer stop()
 			progress := newProgress(cmd.ErrOrStderr(), "comparing")
-			c, err := compareModes(ctx, traps.Options{Program: program}, rates, progress)
+			c, err := compareModes(ctx, traps.Options{Program: program, Walks: drawings != ""}, rates, progress)
 			progress.end()
 			if err != nil {
+				return err
+			}
+			if err := draw(drawings, c.Walks()...); err != nil {
 				return err
 			}
 			if out == jsonText {
@@ -149,7 +170,21 @@ of its caller, or why the call failed. It measures how fast connections are made
 	}
 	addOutput(cmd, &out)
 	cmd.Flags().BoolVar(&rates, "rates", true, "measure rates of connections")
+	cmd.Flags().StringVar(&drawings, "svg", "", "a folder for drawings of the packets' way, CASE-MODE.svg")
 	return cmd
+}
+
+// draw writes drawings into a folder; "" for none.
+func draw(dir string, walks ...traps.Walk) error {
+	if dir == "" {
+		return nil
+	}
+	for _, w := range walks {
+		if err := w.Save(dir); err != nil {
+			return fmt.Errorf("draw %s: %w", w.Name, err)
+		}
+	}
+	return nil
 }
 
 func compareModes(ctx context.Context, o traps.Options, rates bool, p *progress) (c traps.Comparison, err error) {
@@ -252,7 +287,7 @@ func likeness(a, b string) float64 {
 
 // runScenarios runs one after the other, prints each as soon as it is done, and
 // goes on after one that is broken or could not be run.
-func runScenarios(ctx context.Context, stdout, stderr io.Writer, chosen []traps.Scenario, o traps.Options, out output) error {
+func runScenarios(ctx context.Context, stdout, stderr io.Writer, chosen []traps.Scenario, o traps.Options, drawings string, out output) error {
 	results := []traps.Result{}
 	failed := 0
 	for i, sc := range chosen {
@@ -277,6 +312,11 @@ func runScenarios(ctx context.Context, stdout, stderr io.Writer, chosen []traps.
 		results = append(results, r)
 		if out == table {
 			if err := printScenario(stdout, sc, r, i > 0); err != nil {
+				return err
+			}
+		}
+		if r.Verdict != traps.Unsupported {
+			if err := draw(drawings, traps.NewWalk(sc, r)); err != nil {
 				return err
 			}
 		}
