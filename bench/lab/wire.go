@@ -85,6 +85,17 @@ func (n *Node) Bridge(name string) error {
 	return n.up(name)
 }
 
+// Dummy adds a device that leads nowhere, for addresses that the node is to have
+// besides. The error wraps EOPNOTSUPP where the kernel has none (module dummy).
+func (n *Node) Dummy(name string) error {
+	device := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: name}}
+	err := n.netlink("", func(h *netlink.Handle, _ netlink.Link) error { return h.LinkAdd(device) })
+	if err != nil {
+		return n.fail("ip link add "+name+" type dummy", err)
+	}
+	return n.up(name)
+}
+
 // Enslave makes an interface of the node a port of its bridge.
 func (n *Node) Enslave(iface, bridge string) error {
 	err := n.netlink(iface, func(h *netlink.Handle, port netlink.Link) error {

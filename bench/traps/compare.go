@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"nlb/balancer"
 	"nlb/bench/lab"
 )
 
@@ -21,6 +22,9 @@ var Modes = []string{"preserve", "hairpin_snat", "snat", "proxy_protocol_v2"}
 
 // A Comparison is how the modes fare in the same cases.
 type Comparison struct {
+	// Dataplane is what nlb was run with.
+	Dataplane balancer.Dataplane `json:"dataplane"`
+
 	Cases []Case `json:"cases"`
 	Rates []Rate `json:"rates"`
 }
@@ -147,7 +151,7 @@ var caseOrder = []string{
 func Compare(ctx context.Context, o Options) (Comparison, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	var c Comparison
+	c := Comparison{Dataplane: o.Dataplane}
 	results := make([][]Case, len(comparedNets))
 	group, ctx := errgroup.WithContext(ctx)
 	for i, n := range comparedNets {
@@ -169,7 +173,7 @@ func Compare(ctx context.Context, o Options) (Comparison, error) {
 // withNLB builds the network and runs nlb with every mode in it, for as long as
 // do takes.
 func (n comparedNet) withNLB(ctx context.Context, o Options, do func(*site) error) (err error) {
-	s, err := newSite(Scenario{Name: n.name, build: n.build, options: n.options}, Options{Program: o.Program, Walks: o.Walks})
+	s, err := newSite(Scenario{Name: n.name, build: n.build, options: n.options}, Options{Program: o.Program, Dataplane: o.Dataplane, Walks: o.Walks})
 	if err != nil {
 		return err
 	}
@@ -407,7 +411,8 @@ func ComparisonText(c Comparison) string {
 		}
 		row("connections/s **", cells)
 	}
-	b.WriteString("\n*  in the PROXY v2 header that comes first\n")
+	fmt.Fprintf(&b, "\nnlb ran with dataplane %v\n", c.Dataplane)
+	b.WriteString("*  in the PROXY v2 header that comes first\n")
 	if len(c.Rates) > 0 {
 		b.WriteString("** new connections, of those without a balancer on the same way; all ends share\n   this machine's cores, so a rough figure\n")
 	}

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nlb/balancer"
 	"nlb/bench/lab"
 )
 
@@ -58,20 +59,26 @@ type Finding struct {
 
 // The verdicts of a Result.
 const (
-	Pass        = "pass"        // the naive set-up failed for its reason, and the cure works
-	Broken      = "broken"      // one of these did not come out
-	Unsupported = "unsupported" // the kernel lacks something: see Result.Missing
+	Pass         = "pass"         // the naive set-up failed for its reason, and the cure works
+	Broken       = "broken"       // one of these did not come out
+	Unsupported  = "unsupported"  // the kernel lacks something: see Result.Missing
+	Inapplicable = "inapplicable" // the dataplane has no such cure: see Result.Missing
 )
 
 // A Result is what became of a scenario.
 type Result struct {
-	Scenario  string  `json:"scenario"`
-	Supported bool    `json:"supported"`
-	Naive     Finding `json:"naive"`
-	Cure      Finding `json:"cure"`
-	Verdict   string  `json:"verdict"`
-	// Missing is what the kernel said it does not support, if Supported is false.
+	Scenario string `json:"scenario"`
+	// Dataplane is what nlb was run with.
+	Dataplane balancer.Dataplane `json:"dataplane"`
+	Supported bool               `json:"supported"`
+	Naive     Finding            `json:"naive"`
+	Cure      Finding            `json:"cure"`
+	Verdict   string             `json:"verdict"`
+	// Missing is what the kernel said it does not support, or why the dataplane has
+	// no such cure, if Supported is false.
 	Missing string `json:"missing,omitempty"`
+	// Note is what the dataplane has to do with the cure, if that is not plain.
+	Note string `json:"note,omitempty"`
 	// Namespaces are those that were kept.
 	Namespaces []string `json:"namespaces,omitempty"`
 	Seconds    float64  `json:"seconds"`
@@ -80,6 +87,8 @@ type Result struct {
 // Options say how a scenario is run.
 type Options struct {
 	Program string // nlb, to be started with serve
+	// Dataplane is nlb's. Probe says whether the kernel has it.
+	Dataplane balancer.Dataplane
 	// Keep leaves the namespaces, with the cured nlb running. RemoveKept removes
 	// them, once this process has ended.
 	Keep bool
@@ -108,12 +117,20 @@ const (
 // Run runs a scenario. The error says that it could not be run; one that did not
 // come out, or that the kernel does not support, has a Result that says so.
 func Run(ctx context.Context, sc Scenario, o Options) (Result, error) {
+	if reason := notByIPVS[sc.Name]; o.Dataplane == balancer.IPVS && reason != "" {
+		return without(sc, o, Inapplicable, reason), nil
+	}
 	r, err := run(ctx, sc, o)
 	if lacking(err) && !errors.Is(err, ErrLeft) {
-		none := Finding{Path: []Hop{}}
-		return Result{Scenario: sc.Name, Naive: none, Cure: none, Verdict: Unsupported, Missing: err.Error()}, nil
+		return without(sc, o, Unsupported, err.Error()), nil
 	}
 	return r, err
+}
+
+// without is the Result of a scenario that cannot be run.
+func without(sc Scenario, o Options, verdict, missing string) Result {
+	none := Finding{Path: []Hop{}}
+	return Result{Scenario: sc.Name, Dataplane: o.Dataplane, Naive: none, Cure: none, Verdict: verdict, Missing: missing}
 }
 
 // lacking tells the errors of a kernel that was built without something: a kind
@@ -152,7 +169,7 @@ func run(ctx context.Context, sc Scenario, o Options) (r Result, err error) {
 		return r, fmt.Errorf("%s: the cure: %w", sc.Name, err)
 	}
 	r = Result{
-		Scenario: sc.Name, Supported: true, Naive: naive, Cure: cure, Verdict: Broken,
+		Scenario: sc.Name, Dataplane: o.Dataplane, Supported: true, Naive: naive, Cure: cure, Verdict: Broken, Note: note(sc, o.Dataplane),
 		Seconds: float64(time.Since(begun).Round(10*time.Millisecond)) / float64(time.Second),
 	}
 	if !naive.Works && naive.Evidence != "" && cure.Works {

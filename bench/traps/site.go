@@ -159,6 +159,23 @@ func (s *site) bind(n *lab.Node) error {
 	return n.Address("lo", vipNet)
 }
 
+// dummy is the device that bindBeside makes.
+const dummy = "dummy0"
+
+// bindBeside gives a node the VIP as targets that answer by themselves have it: on a
+// dummy device, or on lo where the kernel has no such devices. It returns which, and
+// leaves it there.
+func bindBeside(n *lab.Node) (iface string, err error) {
+	iface = dummy
+	if err = n.Dummy(dummy); lacking(err) {
+		iface, err = "lo", nil
+	}
+	if err == nil {
+		err = n.Address(iface, vipNet)
+	}
+	return iface, err
+}
+
 // forward gives a node naive rules for the time of the set-up.
 func (s *site) forward(n *lab.Node, rules ...naiveRule) error {
 	s.later(func() error { return removeRules(n) })
@@ -389,7 +406,7 @@ func (s *site) start(ctx context.Context, n *lab.Node, config string, holds read
 	}
 	defer log.Close()
 	// Its life is the site's, not the context's: close ends it, unless it is kept.
-	d.cmd = n.Command(context.Background(), s.options.Program, "serve", "-c", d.file,
+	d.cmd = n.Command(context.Background(), s.options.Program, "serve", "-c", d.file, "--dataplane", s.options.Dataplane.String(),
 		"--state-dir", filepath.Join(s.dir, "state"), "--socket", filepath.Join(s.dir, "nlb.sock"))
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {

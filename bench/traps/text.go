@@ -21,8 +21,12 @@ type page struct {
 // least MinWidth.
 func Text(sc Scenario, r Result, width int) string {
 	b := page{width: max(width, MinWidth)}
-	if r.Verdict == Unsupported {
+	switch r.Verdict {
+	case Unsupported:
 		b.paragraph(sc.Name+": ", "not supported by this kernel: "+r.Missing)
+		return b.String()
+	case Inapplicable:
+		b.paragraph(sc.Name+": ", fmt.Sprintf("does not apply to dataplane %v: %s", r.Dataplane, r.Missing))
 		return b.String()
 	}
 	mark := map[string]string{Pass: "PASS", Broken: "BROKEN"}[r.Verdict]
@@ -32,6 +36,9 @@ func Text(sc Scenario, r Result, width int) string {
 	b.paragraph("  why    ", sc.Why)
 	b.WriteString("\n")
 	b.setUp("cure", sc.Cure, r.Cure)
+	if r.Note != "" {
+		b.paragraph("  note   ", r.Note)
+	}
 	fmt.Fprintf(&b, "\n%s  %s\n", mark, verdictWords(r))
 	return b.String()
 }
@@ -59,7 +66,7 @@ func (f Finding) proof() string {
 func verdictWords(r Result) string {
 	switch {
 	case r.Verdict == Pass:
-		return fmt.Sprintf("fails as described, and nlb works (%.1f s)", r.Seconds)
+		return fmt.Sprintf("fails as described, and nlb works with dataplane %v (%.1f s)", r.Dataplane, r.Seconds)
 	case r.Naive.Works:
 		return "the naive set-up works here"
 	case r.Naive.Evidence == "":

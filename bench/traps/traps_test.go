@@ -25,7 +25,9 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/vm"
 )
 
 // program is the nlb that the scenarios run.
@@ -44,7 +46,11 @@ func testMain(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	program = filepath.Join(dir, "nlb")
-	if named := os.Getenv("NLB_BINARY"); named != "" {
+	named := os.Getenv("NLB_BINARY")
+	if named == "" && os.Getenv(vm.EnvKernel) != "" {
+		named = "bin/nlb-static" // goes along to emulated machines, where there is no Go
+	}
+	if named != "" {
 		// Tests run in their package's folder, the name is meant from the module's.
 		if program = named; !filepath.IsAbs(named) {
 			program, err = filepath.Abs(filepath.Join("..", "..", named))
@@ -101,6 +107,56 @@ func TestScenarios(t *testing.T) {
 				t.Error(fault)
 			}
 			compareDrawing(t, walksFolder, steady(w))
+		})
+	}
+}
+
+// needIPVS skips where the kernel has none. Emulated machines have it.
+func needIPVS(t *testing.T) {
+	t.Helper()
+	if err := Probe(balancer.IPVS); err != nil {
+		t.Skip(err)
+	}
+}
+
+// TestScenariosIPVS is the same with IPVS. What does not apply to it says so.
+func TestScenariosIPVS(t *testing.T) {
+	needIPVS(t)
+	for _, sc := range All() {
+		t.Run(sc.Name, func(t *testing.T) {
+			t.Parallel()
+			r, err := Run(soon(t), sc, Options{Program: program, Dataplane: balancer.IPVS})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%.2f s\nnaive: %+v\ncure: %+v", r.Seconds, r.Naive, r.Cure)
+			want := Pass
+			if notByIPVS[sc.Name] != "" {
+				want = Inapplicable
+			}
+			if r.Verdict != want || r.Dataplane != balancer.IPVS {
+				t.Errorf("verdict %q with %v, want %q", r.Verdict, r.Dataplane, want)
+			}
+		})
+	}
+}
+
+// TestOnDummy has the scenarios that are about the VIP on a target use a dummy
+// device, where the kernel has them, and say so. Those of emulated machines have.
+func TestOnDummy(t *testing.T) {
+	t.Parallel()
+	for _, sc := range []Scenario{vipOnDummyRefused, healthCheckVIPSource} {
+		t.Run(sc.Name, func(t *testing.T) {
+			t.Parallel()
+			r, err := Run(soon(t), sc, Options{Program: program})
+			if err != nil {
+				t.Fatal(err)
+			}
+			onDummy := strings.Contains(r.Naive.Evidence, "has the VIP on "+dummy)
+			onLo := strings.Contains(r.Naive.Evidence, "has the VIP on lo") && os.Getenv(vm.EnvKernel) == ""
+			if r.Verdict != Pass || !onDummy && !onLo {
+				t.Errorf("%s: %+v", r.Verdict, r.Naive)
+			}
 		})
 	}
 }

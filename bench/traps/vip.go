@@ -15,7 +15,7 @@ var vipOnDummyRefused = Scenario{
 	Drawing: `
    c1 203.0.113.9 ──── lb 10.0.1.1 ──┬── t1 10.0.1.11  (the target)
                        VIP           └── t2 10.0.1.12  (the caller, which has
-                       198.51.100.10                    the VIP on lo, too)`,
+                       198.51.100.10                    the VIP, too)`,
 	Naive: "t2 has the VIP on lo or on a dummy interface, and no rule for its port",
 	Why: "An address of one's own is reached over one's own loopback: the packet never leaves t2, whose kernel finds " +
 		"nobody listening, and refuses. lb does not even hear of it.",
@@ -26,8 +26,12 @@ var vipOnDummyRefused = Scenario{
 		if err := s.targets(ctx, t1); err != nil {
 			return f, err
 		}
-		if err := s.bind(t2); err != nil {
+		iface, err := bindBeside(t2)
+		if err != nil {
 			return f, err
+		}
+		if !s.options.WithoutCure {
+			s.later(func() error { return t2.Unaddress(iface, vipNet) })
 		}
 		if err := s.forward(s.LB, toTarget(t1)); err != nil {
 			return f, err
@@ -48,17 +52,12 @@ var vipOnDummyRefused = Scenario{
 		passed, err := s.packets(ctx, s.LB)
 		f.Works = r.Err == ""
 		if reset && len(passed) == 0 {
-			f.Evidence = fmt.Sprintf("t2 sent itself a RST from %v over lo, lb saw no packet; the caller: %s", vip, r.Err)
+			f.Evidence = fmt.Sprintf("t2, which has the VIP on %s, sent itself a RST from %v over lo, lb saw no packet; the caller: %s", iface, vip, r.Err)
 		}
 		return f, err
 	},
 	cure: func(ctx context.Context, s *site) (f Finding, err error) {
 		t1, t2 := s.Targets[0], s.Targets[1]
-		if s.options.WithoutCure {
-			if err := s.bind(t2); err != nil {
-				return f, err
-			}
-		}
 		if err := s.serve(ctx, s.LB, config(s.LB.Addr4, "client_ip: hairpin_snat", at(t1)), t1); err != nil {
 			return f, err
 		}
@@ -158,7 +157,7 @@ var healthCheckVIPSource = Scenario{
 	Title: "health checks are sent from the VIP, which the target has as well",
 	Drawing: `
    c1 203.0.113.9 ──── lb 10.0.1.1 ──── t1 10.0.1.11
-                       VIP              the VIP on lo, too
+                       VIP              the VIP, too
                        198.51.100.10`,
 	Naive: "lb probes t1 from the VIP; t1 has the VIP on lo or on a dummy interface",
 	Why: "To t1 the probe comes from itself: it drops it as a martian. All checks fail, of a target that works; a " +
@@ -174,7 +173,8 @@ var healthCheckVIPSource = Scenario{
 		if err := s.reachable(ctx, t1); err != nil {
 			return f, err
 		}
-		if err := t1.Address("lo", vipNet); err != nil { // for both stages
+		iface, err := bindBeside(t1) // for both stages
+		if err != nil {
 			return f, err
 		}
 		if err := s.bind(s.LB); err != nil {
@@ -191,7 +191,11 @@ var healthCheckVIPSource = Scenario{
 		if err != nil {
 			return f, err
 		}
-		return s.martianAt(ctx, t1, lab.VIP4, r, log)
+		f, err = s.martianAt(ctx, t1, lab.VIP4, r, log)
+		if f.Evidence != "" {
+			f.Evidence += "; t1 has the VIP on " + iface
+		}
+		return f, err
 	},
 	cure: func(ctx context.Context, s *site) (f Finding, err error) {
 		c1, t1 := s.Clients[0], s.Targets[0]

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"nlb/balancer"
 	"nlb/bench/traps"
 )
 
@@ -78,10 +79,12 @@ func newLabRun() *cobra.Command {
 		Use:   "run NAME...|all",
 		Short: "Run scenarios: the naive set-up, why it fails, nlb with the cure",
 		Long: `run shows each scenario's network, what became of the naive set-up and of nlb with the
-cure, and the way of the packets in both, hop by hop, read from captures.
+cure, and the way of the packets in both, hop by hop, read from captures. What does not
+apply to the dataplane says so, and does not count.
 
 Exit codes: 0 every naive set-up failed as described and every cure works, 1 otherwise.`,
-		Example:           "  nlb lab run hairpin-self\n  nlb lab run all -o json\n  nlb lab run rp-filter-strict --pcap /tmp/packets --keep\n  nlb lab run all --svg /tmp/walks",
+		Example: "  nlb lab run hairpin-self\n  nlb lab run all -o json\n  nlb lab run all --dataplane ipvs\n" +
+			"  nlb lab run rp-filter-strict --pcap /tmp/packets --keep\n  nlb lab run all --svg /tmp/walks",
 		ValidArgsFunction: completeScenarios,
 		Args: func(_ *cobra.Command, args []string) error {
 			_, err := chosenScenarios(args)
@@ -93,6 +96,9 @@ Exit codes: 0 every naive set-up failed as described and every cure works, 1 oth
 				return err
 			}
 			if err := needRoot(); err != nil {
+				return err
+			}
+			if err := traps.Probe(options.Dataplane); err != nil {
 				return err
 			}
 			if options.Program, err = os.Executable(); err != nil {
@@ -107,6 +113,7 @@ Exit codes: 0 every naive set-up failed as described and every cure works, 1 oth
 		},
 	}
 	addOutput(cmd, &out)
+	addDataplane(cmd, &options.Dataplane)
 	cmd.Flags().BoolVar(&options.Keep, "keep", false, "leave the namespaces, with nlb running in them")
 	cmd.Flags().StringVar(&options.Captures, "pcap", "", "a folder for the packets, a file for each node")
 	cmd.Flags().StringVar(&drawings, "svg", "", "a folder for drawings of the packets' way, NAME.svg")
@@ -129,6 +136,7 @@ func makeFolders(names ...string) error {
 func newLabCompare() *cobra.Command {
 	var (
 		out      output
+		options  traps.Options
 		rates    bool
 		drawings string
 	)
@@ -140,20 +148,24 @@ of its caller, or why the call failed. It measures how fast connections are made
 With --svg it draws the packets' way of each call, and makes one call at a time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := needRoot(); err != nil {
-				return err
-			}
-			program, err := os.Executable()
+			err := needRoot()
 			if err != nil {
 				return err
 			}
+			if err := traps.Probe(options.Dataplane); err != nil {
+				return err
+			}
+			if options.Program, err = os.Executable(); err != nil {
+				return err
+			}
+			options.Walks = drawings != ""
 			if err := makeFolders(drawings); err != nil {
 				return err
 			}
 			ctx, stop := untilHangup(cmd.Context())
 			defer stop()
 			progress := newProgress(cmd.ErrOrStderr(), "comparing")
-			c, err := compareModes(ctx, traps.Options{Program: program, Walks: drawings != ""}, rates, progress)
+			c, err := compareModes(ctx, options, rates, progress)
 			progress.end()
 			if err != nil {
 				return err
@@ -169,6 +181,7 @@ With --svg it draws the packets' way of each call, and makes one call at a time.
 		},
 	}
 	addOutput(cmd, &out)
+	addDataplane(cmd, &options.Dataplane)
 	cmd.Flags().BoolVar(&rates, "rates", true, "measure rates of connections")
 	cmd.Flags().StringVar(&drawings, "svg", "", "a folder for drawings of the packets' way, CASE-MODE.svg")
 	return cmd
@@ -185,6 +198,20 @@ func draw(dir string, walks ...traps.Walk) error {
 		}
 	}
 	return nil
+}
+
+// A dataplaneFlag is a flag that names a dataplane.
+type dataplaneFlag struct{ *balancer.Dataplane }
+
+// Set and Type make dataplaneFlag a pflag.Value, with String of the Dataplane.
+func (f dataplaneFlag) Set(s string) error { return f.UnmarshalText([]byte(s)) }
+func (dataplaneFlag) Type() string         { return "nftables|ipvs" }
+
+// addDataplane adds the flag for the labs' own nlb, which has no file to overrule.
+func addDataplane(cmd *cobra.Command, d *balancer.Dataplane) {
+	cmd.Flags().Var(dataplaneFlag{d}, "dataplane", "what nlb runs with")
+	_ = cmd.RegisterFlagCompletionFunc("dataplane", cobra.FixedCompletions(
+		[]cobra.Completion{balancer.NFTables.String(), balancer.IPVS.String()}, cobra.ShellCompDirectiveNoFileComp)) // fails only for an unknown flag
 }
 
 func compareModes(ctx context.Context, o traps.Options, rates bool, p *progress) (c traps.Comparison, err error) {
@@ -289,7 +316,7 @@ func likeness(a, b string) float64 {
 // goes on after one that is broken or could not be run.
 func runScenarios(ctx context.Context, stdout, stderr io.Writer, chosen []traps.Scenario, o traps.Options, drawings string, out output) error {
 	results := []traps.Result{}
-	failed := 0
+	failed, inapplicable := 0, 0
 	for i, sc := range chosen {
 		progress := newProgress(stderr, fmt.Sprintf("[%d/%d] %s", i+1, len(chosen), sc.Name))
 		o.Progress = progress.say
@@ -306,7 +333,11 @@ func runScenarios(ctx context.Context, stdout, stderr io.Writer, chosen []traps.
 			failed++
 			continue
 		}
-		if r.Verdict != traps.Pass {
+		switch r.Verdict {
+		case traps.Pass:
+		case traps.Inapplicable:
+			inapplicable++
+		default:
 			failed++
 		}
 		results = append(results, r)
@@ -326,7 +357,12 @@ func runScenarios(ctx context.Context, stdout, stderr io.Writer, chosen []traps.
 			return err
 		}
 	} else if len(chosen) > 1 {
-		fmt.Fprintf(stdout, "\n%d of %d pass\n", len(chosen)-failed, len(chosen))
+		applicable := len(chosen) - inapplicable
+		fmt.Fprintf(stdout, "\n%d of %d pass", applicable-failed, applicable)
+		if inapplicable > 0 {
+			fmt.Fprintf(stdout, ", %d does not apply to dataplane %v", inapplicable, o.Dataplane)
+		}
+		fmt.Fprintln(stdout)
 	}
 	if failed > 0 {
 		return exitStatus(exitFailed)
