@@ -210,7 +210,8 @@ func leftover(h *service, relayed bool) (service, bool) {
 }
 
 // staged is what there should be before the rules of nftables know of the change:
-// what is there, and the services that are new, which nobody is let in to yet. The
+// what is there, the services that are new, which nobody is let in to yet, and the
+// destinations of those that had nobody to take a flow, for the same reason. The
 // exception is a service that the relay has had so far, to which clients come all
 // the time: it begins with the relay alone, if the relay keeps a share. If not, the
 // rules, which leave flows to the relay and do not know the destinations, drop what
@@ -218,7 +219,10 @@ func leftover(h *service, relayed bool) (service, bool) {
 func staged(have, to []service) []service {
 	first := slices.Clone(have)
 	for _, s := range to {
-		if findService(have, s.key) != nil {
+		if h := findService(first[:len(have)], s.key); h != nil {
+			if !h.usable() {
+				*h = h.joined(s)
+			}
 			continue
 		}
 		if own := s.find(s.key.at); own != nil && own.weight > 0 {
@@ -228,6 +232,22 @@ func staged(have, to []service) []service {
 	}
 	sortServices(first)
 	return first
+}
+
+// joined is a service with the destinations of another that are usable.
+func (s *service) joined(o service) service {
+	j := *s
+	j.destinations = slices.DeleteFunc(slices.Clone(s.destinations), func(d destination) bool {
+		is := o.find(d.at)
+		return is != nil && is.weight > 0
+	})
+	for _, d := range o.destinations {
+		if d.weight > 0 {
+			j.destinations = append(j.destinations, d)
+		}
+	}
+	j.sort()
+	return j
 }
 
 // relays reports whether the relay may have connections, new or old.

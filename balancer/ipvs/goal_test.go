@@ -2,6 +2,7 @@ package ipvs
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -212,6 +213,40 @@ func TestStaged(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, describe(staged(nil, to))); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// A service that had nobody has its destinations before the rules let clients in: a
+// SYN that finds none is refused. One that had somebody waits for the rules, which do
+// not know the new ones yet.
+func TestStagedWithoutDestination(t *testing.T) {
+	k := serviceKey{balancer.ProtoTCP, at("198.51.100.10:80")}
+	to := goal(nil, table(list(listener("198.51.100.10:80", map[string]int{"web": 1})),
+		pool("web", dest("10.0.1.11:8080", 2), dest("10.0.1.12:8080", 1), dest("10.0.1.13:8080", 0))))
+	add := "-A -t 198.51.100.10:80 -s mh -b mh-fallback,mh-port"
+	line := func(host, weight int) string {
+		return fmt.Sprintf("-a -t 198.51.100.10:80 -r 10.0.1.%d:8080 -m -w %d", host, weight)
+	}
+	for _, c := range []struct {
+		name string
+		have []destination
+		want []string
+	}{
+		{"empty", nil, []string{add, line(11, 2), line(12, 1)}},
+		{"all leave", []destination{{at: at("10.0.1.10:8080")}, {at: at("10.0.1.11:8080")}}, []string{add, line(11, 2), line(12, 1), line(10, 0)}},
+		{"one stays", []destination{{at: at("10.0.1.10:8080"), weight: 1}}, []string{add, line(10, 1)}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			have := newService(k, false)
+			have.destinations = c.have
+			from := []service{have}
+			if diff := cmp.Diff(c.want, describe(staged(from, to))); diff != "" {
+				t.Error(diff)
+			}
+			if diff := cmp.Diff(c.have, from[0].destinations, cmp.AllowUnexported(destination{}), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+				t.Errorf("what was found has changed:\n%s", diff)
+			}
+		})
 	}
 }
 

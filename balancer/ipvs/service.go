@@ -100,6 +100,11 @@ func (s *service) find(at netip.AddrPort) *destination {
 	return &s.destinations[i]
 }
 
+// usable reports whether a new flow finds a destination.
+func (s *service) usable() bool {
+	return slices.ContainsFunc(s.destinations, func(d destination) bool { return d.weight > 0 })
+}
+
 func (s *service) sort() {
 	slices.SortFunc(s.destinations, func(a, b destination) int { return a.at.Compare(b.at) })
 }
