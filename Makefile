@@ -30,7 +30,7 @@ test: need-root need-go deps check ## everything that is checked: lint, vulnerab
 # Each of them boots once for all packages. Without CGO: there is no libc in a guest.
 KERNEL ?= 6.1,6.12
 test-vm: need-go deps vmrun build-static ## run tests in emulated machines: KERNEL=6.1,6.12, all of .ci/vm-tests or [PKG=./p] [RUN=regexp]
-	@GO=$(GO) bin/vmrun -kernel $(KERNEL) -suite .ci/vm-tests -file bin/nlb-static -timeout 24m $(if $(RUN),-run '$(RUN)') $(PKG)
+	@GO=$(GO) bin/vmrun -kernel $(KERNEL) -suite .ci/vm-tests -file bin/nlb-static -file docs/compare.md -timeout 24m $(if $(RUN),-run '$(RUN)') $(PKG)
 
 build-static: need-go ## build bin/nlb-static, which runs where there is no libc
 	@CGO_ENABLED=0 $(GO) build -o bin/nlb-static ./cmd/nlb

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"nlb/balancer"
 )
 
 var update = flag.Bool("update", false, "rewrite the documentation's tables and drawings, and the golden files")
@@ -61,10 +63,22 @@ func compareTable(t *testing.T, page, heading, want string) {
 // comparePage has the table of nlb lab compare.
 const comparePage = "../../docs/compare.md"
 
-// TestCompare holds the page to what the modes really do.
+// TestCompare holds the page to what the modes really do, and TestCompareIPVS to what
+// they do with the other dataplane: nothing else.
 func TestCompare(t *testing.T) {
 	t.Parallel()
-	c, err := Compare(soon(t), Options{Program: program, Walks: true})
+	compared(t, balancer.NFTables)
+}
+
+func TestCompareIPVS(t *testing.T) {
+	needIPVS(t)
+	t.Parallel()
+	compared(t, balancer.IPVS)
+}
+
+func compared(t *testing.T, d balancer.Dataplane) {
+	t.Helper()
+	c, err := Compare(soon(t), Options{Program: program, Dataplane: d, Walks: d == balancer.NFTables})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,21 +94,31 @@ func TestCompare(t *testing.T) {
 		}
 		rows.WriteString("\n")
 	}
+	if c.Dataplane != d {
+		t.Errorf("it says dataplane %v, want %v", c.Dataplane, d)
+	}
 	if len(c.Cases) != len(caseOrder) {
 		t.Errorf("%d cases, want %d", len(c.Cases), len(caseOrder))
 	}
 	compareTable(t, comparePage, "| case |", rows.String())
-	for _, w := range c.Walks() {
+	if d == balancer.NFTables {
+		compareDrawings(t, c.Walks())
+	}
+	for line := range strings.Lines(ComparisonText(c)) {
+		if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > MinWidth {
+			t.Errorf("%d columns wide: %s", n, line)
+		}
+	}
+}
+
+func compareDrawings(t *testing.T, walks []Walk) {
+	t.Helper()
+	for _, w := range walks {
 		for _, fault := range faults(w) {
 			t.Errorf("%s: %s", w.Name, fault)
 		}
 		if slices.Contains(shownCells(), w.Name) {
 			compareDrawing(t, walksFolder, steady(w))
-		}
-	}
-	for line := range strings.Lines(ComparisonText(c)) {
-		if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > MinWidth {
-			t.Errorf("%d columns wide: %s", n, line)
 		}
 	}
 }
