@@ -69,11 +69,12 @@ type site struct {
 
 var siteVIPs = []netip.Addr{addr("198.51.100.10"), addr("198.51.100.11"), addr("2001:db8:77::10")}
 
-// randomSite draws a configuration of all that decides where a flow goes.
-func randomSite(rng *rand.Rand) *site {
+// randomSite draws a configuration of all that decides where a flow goes, as far as
+// the dataplane has it.
+func randomSite(rng *rand.Rand, d balancer.Dataplane) *site {
 	pick := func(percent int) bool { return rng.IntN(100) < percent }
 	s := &site{
-		spec: &balancer.Spec{UntrackedRelay: pick(25)},
+		spec: &balancer.Spec{Dataplane: d, UntrackedRelay: pick(25)},
 		seen: balancer.View{
 			Health: balancer.HealthView{}, Drains: balancer.Drains{},
 			Routes: map[netip.Addr]balancer.Route{}, Now: time.Unix(1_800_000_000, 0),
@@ -113,13 +114,18 @@ func (s *site) addGroup(rng *rand.Rand, name string) {
 	if g.ClientIP == balancer.ProxyProtocolV2 {
 		g.Protocol = balancer.TCP
 	}
-	g.AvoidSelf = g.ClientIP == balancer.Preserve && pick(70)
+	// IPVS has no avoid_self, and a target once in a listener.
+	g.AvoidSelf = g.ClientIP == balancer.Preserve && pick(70) && s.spec.Dataplane == balancer.NFTables
+	base := 8080
+	if s.spec.Dataplane == balancer.IPVS {
+		base += 10 * len(s.spec.TargetGroups)
+	}
 	g.HairpinSubnet = g.ClientIP == balancer.HairpinSNAT && pick(50)
 	if pick(40) {
 		g.Stickiness = balancer.StickySourceIP
 	}
 	for i := range max(0, rng.IntN(12)-1) {
-		t := balancer.Target{Port: uint16(8080 + rng.IntN(3)), Weight: min(4, rng.IntN(12))}
+		t := balancer.Target{Port: uint16(base + rng.IntN(3)), Weight: min(4, rng.IntN(12))}
 		n := byte(11 + i)
 		if pick(60) {
 			t.Address = netip.AddrFrom4([4]byte{10, 0, byte(1 + rng.IntN(2)), n})
@@ -208,6 +214,17 @@ func (s *site) question(rng *rand.Rand) explain.Question {
 	return q
 }
 
+// questions draws so many, none of which is known.
+func (s *site) questions(rng *rand.Rand, n int, known map[explain.Question]bool) []explain.Question {
+	questions := make([]explain.Question, n)
+	for i := range questions {
+		for questions[i] = s.question(rng); known[questions[i]]; questions[i] = s.question(rng) {
+		}
+		known[questions[i]] = true
+	}
+	return questions
+}
+
 // within8 replaces the last byte of the prefix's address, unless that is the prefix.
 func within8(p netip.Prefix, last byte) netip.Addr {
 	if p.IsSingleIP() {
@@ -232,14 +249,7 @@ var dropCounters = map[string]string{
 // So that it can fail, an Explainer with a key of its own is asked as well. It has to
 // be wrong about many.
 func TestExplainAgreesWithKernel(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	if text := os.Getenv("NLB_SEED"); text != "" {
-		var err error
-		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("NLB_SEED=%d", seed)
+	seed := seedOf(t)
 	const sites, flows = 50, 200
 	c := newCrossing(t)
 	for _, v := range siteVIPs {
@@ -250,16 +260,10 @@ func TestExplainAgreesWithKernel(t *testing.T) {
 	mistaken := 0
 	for i := range sites {
 		rng := rand.New(rand.NewPCG(seed, uint64(i)))
-		s := randomSite(rng)
+		s := randomSite(rng, balancer.NFTables)
 		want := balancer.Forward(s.spec, s.seen)
 		converge(t, d, want)
-		questions := make([]explain.Question, flows)
-		known := make(map[explain.Question]bool, flows)
-		for j := range questions {
-			for questions[j] = s.question(rng); known[questions[j]]; questions[j] = s.question(rng) {
-			}
-			known[questions[j]] = true
-		}
+		questions := s.questions(rng, flows, make(map[explain.Question]bool))
 		mistaken += c.compare(t, d, s, want.Table, questions, tally)
 		if t.Failed() {
 			t.Fatalf("configuration %d of NLB_SEED=%d", i, seed)
@@ -278,27 +282,24 @@ func TestExplainAgreesWithKernel(t *testing.T) {
 	}
 }
 
+// seedOf is the seed of a test that draws at random.
+func seedOf(t *testing.T) uint64 {
+	t.Helper()
+	seed := uint64(time.Now().UnixNano())
+	if text := os.Getenv("NLB_SEED"); text != "" {
+		var err error
+		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("NLB_SEED=%d", seed)
+	return seed
+}
+
 // compare sends the flows and returns how many a wrong Explainer is wrong about.
 func (c *crossing) compare(t *testing.T, d *nft.Dataplane, s *site, table *balancer.Table, questions []explain.Question, tally map[string]int) (mistaken int) {
 	t.Helper()
-	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
-		t.Fatal(err)
-	}
-	before := countersOf(t, d)
-	for i, q := range questions {
-		c.send(q.Protocol, q.Client, q.Destination, uint32(i+1))
-	}
-	seen, dropped := make(map[uint32]sighting), make(map[string]int)
-	until(t, func() bool {
-		c.collect(seen)
-		total := 0
-		for reason, counter := range dropCounters {
-			dropped[reason] = int(countersOf(t, d)[counter] - before[counter])
-			total += dropped[reason]
-		}
-		return len(seen)+total >= len(questions)
-	}, func() string { return fmt.Sprintf("%d came out, %v were dropped", len(seen), dropped) })
-
+	seen, dropped := c.pass(t, d, questions)
 	wrongKey := *table
 	wrongKey.Key[0] ^= 1
 	right, wrong := explain.New(s.spec, table), explain.New(s.spec, &wrongKey)
@@ -326,11 +327,35 @@ func (c *crossing) compare(t *testing.T, d *nft.Dataplane, s *site, table *balan
 			tally["avoided"]++
 		}
 	}
-	maps.DeleteFunc(dropped, func(_ string, n int) bool { return n == 0 })
 	if !maps.Equal(foretold, dropped) {
 		t.Errorf("dropped were %v, and foretold %v", dropped, foretold)
 	}
 	return mistaken
+}
+
+// pass sends the flows' first packets, and returns what came out by the flows' numbers,
+// from 1 on, and how many were dropped for each reason. Together that is all of them.
+func (c *crossing) pass(t *testing.T, d *nft.Dataplane, questions []explain.Question) (seen map[uint32]sighting, dropped map[string]int) {
+	t.Helper()
+	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+		t.Fatal(err)
+	}
+	before := countersOf(t, d)
+	for i, q := range questions {
+		c.send(q.Protocol, q.Client, q.Destination, uint32(i+1))
+	}
+	seen, dropped = make(map[uint32]sighting), make(map[string]int)
+	until(t, func() bool {
+		c.collect(seen)
+		now, total := countersOf(t, d), 0
+		for reason, counter := range dropCounters {
+			dropped[reason] = int(now[counter] - before[counter])
+			total += dropped[reason]
+		}
+		return len(seen)+total >= len(questions)
+	}, func() string { return fmt.Sprintf("%d came out, %v were dropped", len(seen), dropped) })
+	maps.DeleteFunc(dropped, func(_ string, n int) bool { return n == 0 })
+	return seen, dropped
 }
 
 func countersOf(t *testing.T, d *nft.Dataplane) map[string]uint64 {
