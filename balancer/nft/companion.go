@@ -119,8 +119,8 @@ func (r *renderedPool) balanced() (ds []int) {
 
 // serviceRule is the last of a listener's chain. It leaves a flow to IPVS, unless
 // there is nothing to choose for that now. Then the relay takes it: with groups that
-// are relayed only, as if there were no IPVS. Or nobody does: IPVS itself would
-// answer with an ICMP error.
+// are relayed only, as if there were no IPVS; else with the destinations that count in
+// IPVS, too. Or nobody does: IPVS itself would answer with an ICMP error.
 func (c *companion) serviceRule(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, f *family) Rule {
 	var balanced, relays bool
 	for _, w := range svc.Pools {
@@ -128,7 +128,10 @@ func (c *companion) serviceRule(rs *Ruleset, t *balancer.Table, svc *balancer.Vi
 			continue
 		}
 		p := c.pools[w.Pool]
-		relays = relays || takesRelayed(&p.pool)
+		relays = relays || slices.ContainsFunc(p.pool.Usable(f.bits), func(d int) bool {
+			dest := &p.pool.Destinations[d]
+			return dest.Weight > 0 && p.pool.ClientIPOf(dest) == balancer.ProxyProtocolV2
+		})
 		balanced = balanced || slices.ContainsFunc(p.balanced(), func(d int) bool {
 			dest := &p.pool.Destinations[d]
 			return dest.Weight > 0 && familyOf(dest.Address) == f

@@ -160,17 +160,22 @@ func TestCompanionListeners(t *testing.T) {
 		drop  = `counter name "no_target_drops" drop`
 		relay = "ct mark set ct mark & 0x3fffffff | 0x3fffc000 dnat ip to ip daddr"
 	)
+	drained := dest("10.0.1.11", 3, 0)
+	drained.ClientIP = balancer.SNAT
 	pools := []balancer.Pool{
 		{Name: "drained", ClientIP: balancer.SNAT, Destinations: []balancer.Destination{dest("10.0.1.11", 1, 0)}},
 		{Name: "empty", ClientIP: balancer.SNAT},
 		{Name: "kernel", ClientIP: balancer.SNAT, Destinations: []balancer.Destination{dest("10.0.1.11", 1, 1)}},
+		// The relay takes a target of the other family where the group has none of the VIP's.
+		{Name: "mixed", ClientIP: balancer.ProxyProtocolV2, Destinations: []balancer.Destination{drained, dest("2001:db8:1::11", 2, 1)}},
 		{Name: "relayed", ClientIP: balancer.ProxyProtocolV2, Destinations: []balancer.Destination{dest("10.0.1.11", 2, 1)}},
+		{Name: "relayed6", ClientIP: balancer.ProxyProtocolV2, Destinations: []balancer.Destination{dest("2001:db8:1::11", 2, 1)}},
 		{Name: "six", ClientIP: balancer.SNAT, Destinations: []balancer.Destination{dest("2001:db8:1::11", 1, 1)}},
 	}
 	for want, cases := range map[string][]string{
 		leave:                 {"kernel", "drained kernel", "empty kernel", "kernel relayed", "kernel six"},
-		drop:                  {"", "drained", "empty", "six", "drained empty"},
-		relay:                 {"drained relayed", "empty relayed"},
+		drop:                  {"", "drained", "empty", "six", "drained empty", "mixed", "drained mixed"},
+		relay:                 {"drained relayed", "empty relayed", "mixed relayed", "empty relayed6"},
 		"goto group4.relayed": {"relayed"},
 	} {
 		for _, names := range cases {
