@@ -64,7 +64,7 @@ func TestExplainAgreesWithIPVS(t *testing.T) {
 	t.Logf("%d flows: %v; of %d with a choice, %d went to the likeliest target, and %.0f were to", sites*flows, tally, first.n, first.hits, first.expected)
 	for _, what := range []string{
 		"forwarded", "of several", explain.ReasonNoListener, explain.ReasonNotAllowed, explain.ReasonNoTarget, explain.ReasonHairpin,
-		"preserve", "hairpin_snat", "snat", "proxy_protocol_v2", "hairpin by self", "hairpin by colocated",
+		"preserve", "hairpin_snat", "snat", "proxy_protocol_v2", "hairpin by self",
 	} {
 		if tally[what] == 0 {
 			t.Errorf("%s: not one flow", what)

@@ -31,7 +31,6 @@ var besidesIPVS = map[string]string{
 	vipOnDummyRefused.Name:        "which hosts have the VIP is the network's affair",
 	vipExposesHost.Name:           "the guard is the same rules of nftables with both",
 	healthCheckVIPSource.Name:     "health checks go past both",
-	emptyBackends.Name:            "the same rules of nftables drop with both, and IPVS sees nothing",
 	proxyProtocolServerFirst.Name: "the relay has the port to itself, and IPVS no service for it",
 }
 

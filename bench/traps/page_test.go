@@ -30,6 +30,23 @@ func TestPage(t *testing.T) {
 	compareTable(t, labPage, "| scenario |", rows.String())
 }
 
+// TestPageIPVS holds the page's other table to what is said of them with IPVS.
+func TestPageIPVS(t *testing.T) {
+	var rows strings.Builder
+	for _, sc := range All() {
+		switch {
+		case notByIPVS[sc.Name] != "":
+			fmt.Fprintf(&rows, "| `%s` | does not apply: %s |\n", sc.Name, notByIPVS[sc.Name])
+		case besidesIPVS[sc.Name] != "":
+			fmt.Fprintf(&rows, "| `%s` | makes no difference: %s |\n", sc.Name, besidesIPVS[sc.Name])
+		}
+	}
+	if n := strings.Count(rows.String(), "\n"); n != len(notByIPVS)+len(besidesIPVS) {
+		t.Errorf("%d scenarios, of which something is said of %d", n, len(notByIPVS)+len(besidesIPVS))
+	}
+	compareTable(t, labPage, "| with IPVS |", rows.String())
+}
+
 // compareTable compares the rows of the table whose heading begins a certain way,
 // or rewrites them.
 func compareTable(t *testing.T, page, heading, want string) {

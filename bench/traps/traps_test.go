@@ -197,6 +197,33 @@ func TestUnsupported(t *testing.T) {
 	}
 }
 
+// TestInapplicable is what IPVS has no cure for: nothing is run, whatever the kernel,
+// and nlb refuses the cure.
+func TestInapplicable(t *testing.T) {
+	for name, reason := range notByIPVS {
+		i := slices.IndexFunc(All(), func(sc Scenario) bool { return sc.Name == name })
+		r, err := Run(soon(t), All()[i], Options{Program: "/nowhere", Dataplane: balancer.IPVS})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Supported || r.Verdict != Inapplicable || r.Missing != reason || r.Dataplane != balancer.IPVS {
+			t.Errorf("%+v", r)
+		}
+		if text := Text(All()[i], r, 0); !strings.Contains(text, "does not apply to dataplane ipvs: ") {
+			t.Errorf("%q", text)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "nlb.yaml")
+	text := config(netip.MustParseAddr("10.0.1.1"), "client_ip: preserve, avoid_self: true", "{address: 10.0.1.11}")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.CommandContext(soon(t), program, "validate", "-c", file, "--dataplane", "ipvs").CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "avoid_self: true, but IPVS cannot") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
 // TestKeepAndCaptures has the command leave a lab, its packets and their drawing,
 // and nothing once they are removed.
 func TestKeepAndCaptures(t *testing.T) {

@@ -11,7 +11,9 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/bench/traps"
 	"nlb/internal/nstest"
 )
 
@@ -67,10 +69,13 @@ func TestScripts(t *testing.T) {
 		RequireUniqueNames:  true,
 		Cmds:                map[string]func(*testscript.TestScript, bool, []string){"await": await},
 		Condition: func(name string) (bool, error) {
-			if name != "flowtables" {
-				return false, fmt.Errorf("there is no condition %q", name)
+			switch name {
+			case "flowtables":
+				return missingFlowtables(t) == nil, nil
+			case "ipvs":
+				return traps.Probe(balancer.IPVS) == nil, nil
 			}
-			return missingFlowtables(t) == nil, nil
+			return false, fmt.Errorf("there is no condition %q", name)
 		},
 		Setup: func(env *testscript.Env) error {
 			env.Defer(func() { emptyNamespace(t) })
