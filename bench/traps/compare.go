@@ -173,7 +173,7 @@ func Compare(ctx context.Context, o Options) (Comparison, error) {
 // withNLB builds the network and runs nlb with every mode in it, for as long as
 // do takes.
 func (n comparedNet) withNLB(ctx context.Context, o Options, do func(*site) error) (err error) {
-	s, err := newSite(Scenario{Name: n.name, build: n.build, options: n.options}, Options{Program: o.Program, Dataplane: o.Dataplane, Walks: o.Walks})
+	s, err := newSite(Scenario{Name: n.name, build: n.build, options: n.options}, Options{Program: o.Program, Dataplane: o.Dataplane, Walks: o.Walks, callTime: o.callTime})
 	if err != nil {
 		return err
 	}
@@ -275,7 +275,7 @@ func (c comparedCase) try(ctx context.Context, s *site) (done Case, err error) {
 
 func (c comparedCase) cell(ctx context.Context, s *site, mode int) (Cell, error) {
 	cell := Cell{Mode: Modes[mode]}
-	call, base := lab.Call{Timeout: compareTime, Silent: c.greeting}, plainBase
+	call, base := lab.Call{Timeout: cmp.Or(s.options.callTime, compareTime), Silent: c.greeting}, plainBase
 	if c.greeting {
 		base = greetingBase
 	}

@@ -101,6 +101,8 @@ type Options struct {
 	// WithoutCure leaves out what the scenario's cure is about: the check of the
 	// check. The verdict has to be Broken then.
 	WithoutCure bool
+	// callTime is how long a compared call may take; 0: compareTime.
+	callTime time.Duration
 	// Progress is told what is being done; nil: nobody.
 	Progress func(stage string)
 }
