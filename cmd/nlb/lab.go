@@ -25,7 +25,8 @@ func newLab() *cobra.Command {
 		Long: `lab builds networks out of namespaces, falls into a trap with a naive set-up, and runs
 nlb in the same network. It needs root and no other program, touches nothing outside
 its namespaces, and removes them; run --keep leaves them, run --pcap DIR keeps
-the packets, --svg DIR draws them, -o json prints for machines.`,
+the packets, --svg DIR draws them, run and compare --dataplane ipvs have nlb run with
+IPVS, -o json prints for machines.`,
 		RunE: func(*cobra.Command, []string) error {
 			return usageError{errors.New("lab wants list, run, compare or remove")}
 		},
