@@ -203,6 +203,7 @@ var repeating = []string{emptyBackends.Name, staleUDP.Name}
 //     show them.
 //   - The kernel does not log every martian, and not everybody may read its log.
 //     What a capture has of it is always there.
+//   - Where the kernel has dummy devices, targets have the VIP on one of these.
 //   - With fail-open, the caller's port decides which target has the call. It is
 //     called t1.
 //   - With stale-udp, nlb needs a moment to remove the flow: what is sent until then
@@ -223,6 +224,7 @@ func steady(w Walk) Walk {
 			f.Evidence = logsMartian.ReplaceAllLiteralString(f.Evidence, martianWords(last.Src, last.Dst, last.To))
 		}
 		f.Evidence = aCount.ReplaceAllString(f.Evidence, "$1 1")
+		f.Evidence = strings.ReplaceAll(f.Evidence, dummy, "lo")
 		ports := make(map[string]string)
 		named := func(text string) string {
 			return aPort.ReplaceAllStringFunc(text, func(end string) string {
