@@ -56,12 +56,21 @@ type cut struct {
 	looks    int // since the last prompt
 	// nobody says that the last prompt found no end to ask.
 	nobody bool
-	// waiting has the flows whose ends were asked to speak, as they were before.
-	waiting map[flowEnds]Flow
-	ended   int
+	// waiting has the flows whose ends were asked to speak.
+	waiting map[flowEnds]askedFlow
+	// held is when there were last flows that the flowtable had not released yet.
+	// Until then what their ends say is counted, and not answered with a reset.
+	held  time.Time
+	ended int
 	// tried is when whatever was left could not be forgotten.
 	tried time.Time
 	done  bool
+}
+
+// An askedFlow is one whose ends were asked to speak.
+type askedFlow struct {
+	before Flow // as it was then
+	prompt int  // the last that it had a part in
 }
 
 // flowEnds tells a target's flows from each other.
@@ -220,12 +229,14 @@ func (s *Sweeper) step(ctx context.Context, due map[TargetKey]*cut, now time.Tim
 			ask[key] = c
 			c.prompted++
 			c.looks = 0
+		case !c.held.IsZero():
+			ask[key] = c
 		default:
 			c.looks++
 		}
 	}
 	if len(ask) > 0 {
-		s.prompt(ctx, ask)
+		s.prompt(ctx, ask, now)
 	}
 }
 
@@ -248,6 +259,11 @@ func (c *cut) next() time.Time {
 	switch {
 	case c.prompted == 0:
 		return c.begun
+	case !c.held.IsZero() && c.tried.IsZero():
+		if again := c.held.Add(lookEvery); again.Before(end) {
+			return again
+		}
+		return end
 	case c.nobody, !c.tried.IsZero():
 		return end
 	}
@@ -275,8 +291,8 @@ func (s *Sweeper) forget(ctx context.Context, due map[TargetKey]*cut, now time.T
 			return false
 		}
 		c := due[f.To]
-		before, asked := c.waiting[f.ends()]
-		return c.last(now) || f.Protocol == ProtoTCP && (!asked && !f.Live || asked && f.Sent > before.Sent && f.Answered > before.Answered)
+		w, asked := c.waiting[f.ends()]
+		return c.last(now) || f.Protocol == ProtoTCP && (!asked && !f.Live || asked && f.Sent > w.before.Sent && f.Answered > w.before.Answered)
 	})
 	for key, ended := range n {
 		due[key].ended += ended
@@ -287,30 +303,43 @@ func (s *Sweeper) forget(ctx context.Context, due map[TargetKey]*cut, now time.T
 	return err == nil && judgedAll
 }
 
-// prompt asks those ends that have not spoken.
-func (s *Sweeper) prompt(ctx context.Context, due map[TargetKey]*cut) {
+// prompt asks those ends that have not spoken, each of them once in a round.
+func (s *Sweeper) prompt(ctx context.Context, due map[TargetKey]*cut, now time.Time) {
+	for _, c := range due {
+		c.held = time.Time{}
+	}
 	flows, err := s.flows.FlowsTo(ctx, slices.Collect(maps.Keys(due)))
 	if err == nil {
-		before := make(map[TargetKey]map[flowEnds]Flow, len(due))
+		before := make(map[TargetKey]map[flowEnds]askedFlow, len(due))
 		for key, c := range due {
-			before[key], c.waiting = c.waiting, make(map[flowEnds]Flow)
+			before[key], c.waiting = c.waiting, make(map[flowEnds]askedFlow)
 		}
 		ask := flows[:0]
 		for _, f := range flows {
-			first, again := before[f.To][f.ends()]
+			c := due[f.To]
+			w, again := before[f.To][f.ends()]
 			if f.Protocol != ProtoTCP || !f.Live && !again || f.Target != f.To.AddrPort {
 				continue
 			}
-			if !again {
-				first = f
+			if f.Offloaded {
+				c.held = now
+				continue
 			}
-			ask = append(ask, f)
-			due[f.To].waiting[f.ends()] = first
+			if !again {
+				w.before = f
+			}
+			if w.prompt < c.prompted {
+				w.prompt = c.prompted
+				ask = append(ask, f)
+			}
+			c.waiting[f.ends()] = w
 		}
 		for _, c := range due {
-			c.nobody = len(c.waiting) == 0
+			c.nobody = len(c.waiting) == 0 && c.held.IsZero()
 		}
-		err = s.flows.Prompt(ask)
+		if len(ask) > 0 {
+			err = s.flows.Prompt(ask)
+		}
 	}
 	if err != nil {
 		// Those who speak by themselves are told in any case.

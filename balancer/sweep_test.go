@@ -228,6 +228,38 @@ func flowTo(proto uint8, k TargetKey, port uint16) Flow {
 	}
 }
 
+// Until the flowtable has released a flow, what its ends say is counted and reaches
+// no rule that would answer: they are asked afterwards, and told then.
+func TestFlowsAreEndedOnceTheFlowtableReleasesThem(t *testing.T) {
+	spec := webSpec(2)
+	spec.TargetGroups[0].Unhealthy.ConnectionTermination = true
+	sweeping(t, spec, func(t *testing.T, r *Reconciler, w *flowWorld) {
+		one := webKey("10.0.1.11")
+		w.set(func() {
+			w.begun = time.Now()
+			w.answers = map[uint16][2]uint64{1: {1, 1}, 2: {1, 1}}
+			held := flowTo(ProtoTCP, one, 2)
+			held.Offloaded = true
+			w.flows[one] = append(w.flows[one], held)
+		})
+		r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now()), webKey("10.0.1.12"): healthy(time.Now())})
+		pause(120 * time.Millisecond)
+		w.set(func() {
+			held := &w.flows[one][0]
+			held.Sent, held.Answered = held.Sent+2, held.Answered+2
+			held.Offloaded = false
+		})
+		pause(10 * time.Second)
+		want := []string{
+			"0s prompt 1", "50ms forget web/10.0.1.11:8080: 1",
+			"150ms prompt 1", "150ms forget web/10.0.1.11:8080: 1",
+		}
+		if diff := cmp.Diff(want, w.did); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
 // A target that is not installed any more has flows that nobody can tell from
 // others: it stays until they are forgotten.
 func TestDrainedFlowsAreForgottenHoweverLate(t *testing.T) {
