@@ -245,9 +245,11 @@ func TestFlowsAreEndedOnceTheFlowtableReleasesThem(t *testing.T) {
 		r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now()), webKey("10.0.1.12"): healthy(time.Now())})
 		pause(120 * time.Millisecond)
 		w.set(func() {
-			held := &w.flows[one][0]
-			held.Sent, held.Answered = held.Sent+2, held.Answered+2
-			held.Offloaded = false
+			for i := range w.flows[one] {
+				held := &w.flows[one][i]
+				held.Sent, held.Answered = held.Sent+2, held.Answered+2
+				held.Offloaded = false
+			}
 		})
 		pause(10 * time.Second)
 		want := []string{
