@@ -10,4 +10,10 @@ type Counters struct {
 	NewFlows uint64
 	// Bytes is what those flows carried, in both directions, IP headers included.
 	Bytes uint64
+	// Packets are those of Bytes. The relay moves bytes and knows none: for its
+	// targets this is 0.
+	Packets uint64
+	// Resets is how many TCP flows have ended that saw a reset, from either end or
+	// from here. The relay does not tell: for its targets this is 0.
+	Resets uint64
 }

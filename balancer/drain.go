@@ -92,7 +92,8 @@ func (d Drains) Follow(old, spec *Spec, now time.Time) Drains {
 }
 
 // describe makes d one of a target that left, and remembers what it was; it
-// reports whether spec, which may be nil, knows it.
+// reports whether spec, which may be nil, knows it. Its Colocated matter to new flows
+// alone: a daemon that forgets them now changes nothing in the kernel when it starts anew.
 func (d *Drain) describe(spec *Spec, k TargetKey) bool {
 	if spec == nil {
 		return false
@@ -103,6 +104,7 @@ func (d *Drain) describe(spec *Spec, k TargetKey) bool {
 	}
 	for _, t := range g.Targets {
 		if t.AddrPort() == k.AddrPort {
+			t.Colocated = nil
 			d.Removed, d.Target, d.Protocol, d.ClientIP = true, t, g.Protocol, g.ClientIP
 			return true
 		}

@@ -120,6 +120,8 @@ func service(groups map[string]*TargetGroup, l Listener) VirtualService {
 		Port:        l.Port,
 		IdleTimeout: l.TCPIdleTimeout,
 		Allow:       Aggregate(ofFamily(l.VIP, l.Allow)),
+		SYNProxy:    l.SYNProxy,
+		SourceLimit: l.SourceLimit,
 	}
 	for _, f := range l.Forward {
 		s.Pools = append(s.Pools, WeightedPool{Pool: f.TargetGroup, Weight: f.Weight})

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"nlb/balancer/events"
 )
 
 const (
@@ -90,7 +92,7 @@ func (k *IdleKeeper) Run(ctx context.Context) error {
 		k.wait = max(idleEvery, idleRest*time.Since(begun))
 		switch {
 		case err != nil && ctx.Err() == nil:
-			k.log.Error("the idle timeouts of flows cannot be kept, trying again", zap.Error(err))
+			k.log.Error("the idle timeouts of flows cannot be kept, trying again", events.FlowsNotTimed.Field(), zap.Error(err))
 		case err == nil && len(k.learned.Desired.Table.FastPath) == 0:
 			k.again--
 		}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"nlb/balancer/events"
 )
 
 // A loop is the state of a Reconciler's Run and belongs to its goroutine.
@@ -60,7 +62,7 @@ func (l *loop) run(ctx context.Context) {
 		l.known = targetKeys(l.spec)
 		if l.unkept {
 			if err := l.writeDown(l.drains); err != nil {
-				l.log.Error("targets that have left will drain anew after a restart", zap.Error(err))
+				l.log.Error("targets that have left will drain anew after a restart", events.StateCannotBeKept.Field(), zap.Error(err))
 			}
 		}
 		l.pass(ctx, true)
@@ -68,6 +70,8 @@ func (l *loop) run(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for ctx.Err() == nil {
+		now := time.Now()
+		l.turned.Store(&now)
 		timer.Reset(l.untilNext())
 		select {
 		case <-ctx.Done():
@@ -210,7 +214,7 @@ func (l *loop) replace(ctx context.Context, spec *Spec) error {
 	l.known = targetKeys(spec)
 	maps.DeleteFunc(l.health, func(k TargetKey, _ Health) bool { return !l.known[k] })
 	l.settle(done)
-	l.log.Info("configuration is in force", zap.Uint64("generation", l.counts.Generation),
+	l.log.Info("configuration is in force", events.ConfigReloaded.Field(), zap.Uint64("generation", l.counts.Generation),
 		zap.Int("listeners", len(spec.Listeners)), zap.Int("target_groups", len(spec.TargetGroups)))
 	return nil
 }
@@ -243,7 +247,7 @@ func (l *loop) note() {
 		if err := l.exchange(now); err != nil {
 			if !l.unregistered {
 				l.log.Error("what is registered cannot be written down, trying on: "+
-					"targets that leave while no daemon runs would not be drained", zap.Error(err))
+					"targets that leave while no daemon runs would not be drained", events.StateCannotBeKept.Field(), zap.Error(err))
 			}
 			l.unregistered = true
 			return
@@ -276,7 +280,7 @@ func (l *loop) drain(ctx context.Context, group string, addr netip.Addr, port ui
 	if err := l.keep(next); err != nil {
 		return err
 	}
-	l.log.Info("target is deregistered", zap.String("target_group", group),
+	l.log.Info("target is deregistered", events.TargetDeregistered.Field(), zap.String("target_group", group),
 		zap.Stringer("target", key.AddrPort), zap.Time("until", drain.Until), zap.Bool("connection_termination", drain.Terminate))
 	l.pass(ctx, false)
 	return l.counts.Err
@@ -295,7 +299,7 @@ func (l *loop) undrain(ctx context.Context, group string, addr netip.Addr, port 
 	if err := l.keep(next); err != nil {
 		return err
 	}
-	l.log.Info("target is registered again", zap.String("target_group", group), zap.Stringer("target", key.AddrPort))
+	l.log.Info("target is registered again", events.TargetRegistered.Field(), zap.String("target_group", group), zap.Stringer("target", key.AddrPort))
 	l.pass(ctx, false)
 	return l.counts.Err
 }
@@ -334,7 +338,7 @@ func (l *loop) tidy(now time.Time, look bool) {
 	}
 	if err := l.keep(next); err != nil {
 		if !l.unkept {
-			l.log.Error("a drain that is over will be found again after a restart", zap.Error(err))
+			l.log.Error("a drain that is over will be found again after a restart", events.StateCannotBeKept.Field(), zap.Error(err))
 		}
 		l.drains, l.unkept = next, true
 	}
@@ -388,7 +392,9 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 	// When what is wanted is what was there, a change to be made is one that
 	// somebody else undid.
 	held := l.held
-	repair := sync.OnceValue(func() bool { return held != nil && reflect.DeepEqual(held, done.want) })
+	repair := sync.OnceValue(func() bool {
+		return held != nil && held.Table.samePools(done.want.Table) && reflect.DeepEqual(held, done.want)
+	})
 	l.held = nil
 	l.changing.Store(true)
 	parts := l.parts
@@ -440,7 +446,7 @@ func (l *loop) wrote(p PartPlan, repair bool) {
 	if repair {
 		l.counts.Repairs++
 		l.log.Warn("drift repaired: somebody else had changed what is ours",
-			zap.String("part", p.Part))
+			events.KernelDriftRepaired.Field(), zap.String("part", p.Part))
 	}
 }
 
@@ -510,7 +516,7 @@ func (l *loop) failed(err error, held bool, now time.Time) {
 		if held {
 			what = "the configuration is in force by what was known before, trying on"
 		}
-		l.log.Error(what, zap.Error(err))
+		l.log.Error(what, events.KernelApplyFailed.Field(), zap.Error(err))
 	}
 	l.failures++
 	l.counts.Failures++
@@ -520,7 +526,7 @@ func (l *loop) failed(err error, held bool, now time.Time) {
 func (l *loop) succeeded(done outcome, now time.Time) {
 	if l.failures > 0 {
 		l.log.Info("kernel holds the configuration again",
-			zap.Int("failures", l.failures), zap.Duration("after", now.Sub(l.failing)))
+			events.KernelApplyRecovered.Field(), zap.Int("failures", l.failures), zap.Duration("after", now.Sub(l.failing)))
 	}
 	l.failures = 0
 	l.retryAt = time.Time{}

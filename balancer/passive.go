@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"nlb/balancer/events"
 )
 
 // Outcomes count how a target's TCP flows began.
@@ -137,7 +139,7 @@ func (o *Observer) look(ctx context.Context, s *Snapshot) {
 	outcomes, err := o.counter.Outcomes(ctx)
 	if err != nil {
 		if !o.failing && ctx.Err() == nil {
-			o.log.Error("how clients' connections began cannot be read: no target is judged by them", zap.Error(err))
+			o.log.Error("how clients' connections began cannot be read: no target is judged by them", events.PassiveFailed.Field(), zap.Error(err))
 		}
 		o.failing = true
 		return

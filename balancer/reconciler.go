@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"nlb/balancer/events"
 )
 
 const (
@@ -84,6 +86,7 @@ type Reconciler struct {
 	passed         chan struct{} // holds one: there is a new snapshot
 	stopped        chan struct{} // closed when Run returns
 	snapshot       atomic.Pointer[Snapshot]
+	turned         atomic.Pointer[time.Time]
 	changing       atomic.Bool // the kernel may hold something else than the snapshot says
 	swept          atomic.Bool // there is a Sweeper, and flows take as long to end as it says
 
@@ -128,7 +131,7 @@ func NewReconciler(o Options) *Reconciler {
 	if o.Spec != nil {
 		drains = o.Drains.Restart(o.Registered, o.Spec, now)
 	}
-	return &Reconciler{
+	r := &Reconciler{
 		parts:  o.Parts,
 		router: o.Router,
 		log:    o.Log,
@@ -148,7 +151,14 @@ func NewReconciler(o Options) *Reconciler {
 		converged:      make(chan struct{}),
 		stopped:        make(chan struct{}),
 	}
+	r.turned.Store(&now)
+	return r
 }
+
+// Turned is when the loop last began another turn, which it does at least once in each
+// resync; before Run, when the Reconciler was made. A loop that lives and has not turned
+// for many resyncs hangs: in a call of the kernel, a disk, or a Part.
+func (r *Reconciler) Turned() time.Time { return *r.turned.Load() }
 
 // Attempted is closed after the first pass, whatever came of it.
 func (r *Reconciler) Attempted() <-chan struct{} { return r.attempted }
@@ -290,7 +300,7 @@ func (r *Reconciler) watch(ctx context.Context, part string, w Watcher) {
 		}
 		if failures == 0 {
 			r.log.Warn("watch of the kernel ended, changes by others may go unseen until the resync",
-				zap.String("part", part), zap.Duration("resync", r.resync), zap.Error(err))
+				events.KernelWatchEnded.Field(), zap.String("part", part), zap.Duration("resync", r.resync), zap.Error(err))
 		}
 		failures++
 		if !sleep(ctx, backOff(failures)) {

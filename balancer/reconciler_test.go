@@ -98,10 +98,10 @@ func TestFailOpenIsSaid(t *testing.T) {
 		got = append(got, fmt.Sprint(e.Level, " ", e.Message, " ", e.ContextMap()))
 	}
 	want := []string{
-		"info target health changed map[description:no answer within 10s from:initial reason:Target.Timeout target:10.0.1.11:8080 target_group:web to:unhealthy]",
-		"warn target group fails open: too few targets are healthy, new flows go to all of them map[target_group:web]",
-		"info target health changed map[description: from:unhealthy reason: target:10.0.1.11:8080 target_group:web to:healthy]",
-		"info target group no longer fails open: new flows go to healthy targets only map[target_group:web]",
+		"info target health changed map[description:no answer within 10s event:target.state_changed from:initial reason:Target.Timeout target:10.0.1.11:8080 target_group:web to:unhealthy]",
+		"warn target group fails open: too few targets are healthy, new flows go to all of them map[event:group.fail_open_began target_group:web]",
+		"info target health changed map[description: event:target.state_changed from:unhealthy reason: target:10.0.1.11:8080 target_group:web to:healthy]",
+		"info target group no longer fails open: new flows go to healthy targets only map[event:group.fail_open_ended target_group:web]",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)

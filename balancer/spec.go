@@ -174,6 +174,9 @@ type Listener struct {
 	TCPIdleTimeout time.Duration
 	// Allow lists the client prefixes that may open flows, of either family.
 	Allow []netip.Prefix
+	// SYNProxy and SourceLimit protect the targets; off by default.
+	SYNProxy    SYNProxy    `json:",omitzero"`
+	SourceLimit SourceLimit `json:",omitzero"`
 }
 
 // A WeightedGroup is one choice of a listener's forward action.
@@ -283,6 +286,11 @@ type TargetKey struct {
 }
 
 func (k TargetKey) String() string { return k.Group + "/" + k.AddrPort.String() }
+
+// Compare orders keys by group, then by address and port.
+func (k TargetKey) Compare(o TargetKey) int {
+	return cmp.Or(cmp.Compare(k.Group, o.Group), k.AddrPort.Compare(o.AddrPort))
+}
 
 func enumName[E ~uint8](names map[E]string, e E) string {
 	if s, ok := names[e]; ok {

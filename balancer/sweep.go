@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"nlb/balancer/events"
 )
 
 const (
@@ -149,7 +151,7 @@ func (s *Sweeper) sweep(ctx context.Context, snapshot *Snapshot, now time.Time) 
 		return ok && j.stale(f)
 	})
 	if n > 0 {
-		s.log.Info("stale flows removed: their next packets choose anew", zap.Int("flows", n))
+		s.log.Info("stale flows removed: their next packets choose anew", events.StaleFlowsRemoved.Field(), zap.Int("flows", n))
 	}
 	if err != nil {
 		s.failed(ctx, "stale flows cannot be removed, trying again", err)
@@ -168,7 +170,7 @@ func (s *Sweeper) sweep(ctx context.Context, snapshot *Snapshot, now time.Time) 
 
 func (s *Sweeper) failed(ctx context.Context, what string, err error) {
 	if ctx.Err() == nil {
-		s.log.Error(what, zap.Error(err))
+		s.log.Error(what, events.FlowsNotSwept.Field(), zap.Error(err))
 	}
 }
 
@@ -222,7 +224,7 @@ func (s *Sweeper) step(ctx context.Context, due map[TargetKey]*cut, now time.Tim
 		case c.last(now):
 			c.done = true
 			if c.ended > 0 {
-				s.log.Info("flows of a target ended", zap.String("target_group", key.Group),
+				s.log.Info("flows of a target ended", events.FlowsEnded.Field(), zap.String("target_group", key.Group),
 					zap.Stringer("target", key.AddrPort), zap.Int("flows", c.ended))
 			}
 		case c.prompted < prompts && !now.Before(c.begun.Add(time.Duration(c.prompted)*promptEvery)):

@@ -57,6 +57,10 @@ type VirtualService struct {
 	// Pools are chosen from by weight; Sticky chooses by the client's address.
 	Pools  []WeightedPool
 	Sticky bool
+	// SYNProxy and SourceLimit are off in their zero values. The former is of the
+	// service's TCP flows, the latter of all.
+	SYNProxy    SYNProxy    `json:",omitzero"`
+	SourceLimit SourceLimit `json:",omitzero"`
 }
 
 // A WeightedPool is one choice of a VirtualService.
@@ -106,6 +110,25 @@ type Destination struct {
 	// Source is the SNAT source towards it when Table.Sources has none of its
 	// family; the zero Addr when no usable one is known.
 	Source netip.Addr
+}
+
+// Same reports whether both are alike in all that there is of them. Each pass
+// compares every destination with the pass before: reflection takes twenty times
+// as long (BenchmarkSame), 2 ms for a thousand, several times in a pass.
+func (p *Pool) Same(o *Pool) bool {
+	return p.Name == o.Name && slices.Equal(p.Protocols, o.Protocols) && p.ClientIP == o.ClientIP &&
+		p.AvoidSelf == o.AvoidSelf && p.Sticky == o.Sticky && p.ProxyProtocol == o.ProxyProtocol && p.Observed == o.Observed &&
+		slices.EqualFunc(p.Destinations, o.Destinations, func(a, b Destination) bool { return a.same(&b) })
+}
+
+func (d *Destination) same(o *Destination) bool {
+	return d.Address == o.Address && d.Port == o.Port && d.Weight == o.Weight && d.Kept == o.Kept && d.ClientIP == o.ClientIP &&
+		d.Terminate == o.Terminate && d.Leaves == o.Leaves && slices.Equal(d.Domain, o.Domain) && d.Source == o.Source
+}
+
+// samePools reports whether both have the same Pools.
+func (t *Table) samePools(o *Table) bool {
+	return slices.EqualFunc(t.Pools, o.Pools, func(a, b Pool) bool { return a.Same(&b) })
 }
 
 // ClientIPOf is how the client's address travels to one of p's destinations.

@@ -103,6 +103,8 @@ func (c *checker) checkListeners() {
 		c.checkEndpoint(l, endpoints)
 		c.checkAllow(l)
 		c.checkForward(l)
+		c.checkSYNProxy(l)
+		c.checkSourceLimit(l)
 	}
 }
 

@@ -115,6 +115,31 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
+// TestProtection: what a listener leaves out may depend on its VIP.
+func TestProtection(t *testing.T) {
+	got, err := Parse("protection.good.yml", fixtures(t, "protection.good.yml")["protection.good.yml"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	type protection struct {
+		Proxy balancer.SYNProxy
+		Limit balancer.SourceLimit
+	}
+	want := map[string]protection{
+		"four":  {balancer.SYNProxy{MSS: 1460, WindowScale: 7}, balancer.SourceLimit{Flows: 100, Prefix: 32}},
+		"six":   {Limit: balancer.SourceLimit{Flows: 100, Prefix: 64}},
+		"both":  {Proxy: balancer.SYNProxy{MSS: 1220, WindowScale: 9, Timestamps: true}},
+		"ready": {},
+	}
+	found := make(map[string]protection)
+	for _, l := range got.Spec.Listeners {
+		found[l.Name] = protection{l.SYNProxy, l.SourceLimit}
+	}
+	if diff := cmp.Diff(want, found); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
 func TestFull(t *testing.T) {
 	got, err := Parse("full.good.yml", fixtures(t, "full.good.yml")["full.good.yml"])
 	if err != nil {
@@ -145,6 +170,7 @@ func TestFull(t *testing.T) {
 				Forward:        []balancer.WeightedGroup{{TargetGroup: "dns-blue", Weight: 999}, {TargetGroup: "dns-green", Weight: 0}},
 				TCPIdleTimeout: balancer.LongestIdle,
 				Allow:          []netip.Prefix{prefix("2001:db8:99::/48"), prefix("2001:db8:98::1/128"), prefix("203.0.113.0/24")},
+				SourceLimit:    balancer.SourceLimit{Flows: 1000000, Prefix: 56},
 			}, {
 				Name: "web", VIP: vip4, Protocol: balancer.TCP, Port: 443, TCPIdleTimeout: 350 * time.Second, Allow: everybody,
 				Forward: []balancer.WeightedGroup{{TargetGroup: "web", Weight: 1}},

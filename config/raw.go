@@ -90,6 +90,19 @@ type rawListener struct {
 	Forward        []rawForward `yaml:"forward" required:"true" least:"one or more target groups" doc:"One or more target groups."`
 	TCPIdleTimeout rawDuration  `yaml:"tcp_idle_timeout" default:"350s" range:"60s-6000s" step:"1s" doc:"How long an established TCP flow may be silent."`
 	Allow          []rawPrefix  `yaml:"allow" least:"one or more prefixes; leave the key out to let everybody in" default:"0.0.0.0/0 ::/0" doc:"The clients that may open flows. Default: everybody."`
+
+	SYNProxy                rawSYNProxy `yaml:"syn_proxy" doc:"Whether handshakes are answered in place of targets, by SYN cookies."`
+	MaxConnectionsPerSource rawInt      `yaml:"max_connections_per_source" default:"0" range:"0-1000000" doc:"How many flows one client may have at a time; 0 is no limit."`
+	SourcePrefixLength      rawInt      `yaml:"source_prefix_length" range:"8-128" doc:"The length in bits of the prefix that max_connections_per_source takes for one client. Default: 32 for an IPv4 VIP, 64 for an IPv6 one."`
+}
+
+type rawSYNProxy struct {
+	mapping `yaml:"-"`
+
+	Enabled     rawBool `yaml:"enabled" default:"false" doc:"Whether a client has to prove its address before its TCP flow exists for conntrack and targets. For IPv4, with dataplane: nftables, and not for relayed targets."`
+	MSS         rawInt  `yaml:"mss" default:"1460" range:"536-65495" doc:"The largest segment in bytes that clients may send: what all targets take."`
+	WindowScale rawInt  `yaml:"window_scale" default:"7" range:"0-14" doc:"By how many bits the windows that targets announce are to be shifted: what all targets use. Needs timestamps."`
+	Timestamps  rawBool `yaml:"timestamps" default:"false" doc:"Whether clients that offer timestamps may use them, and with them window scaling and selective acknowledgements, for which the cookie needs them. Targets with Linux 6.14 or later, and others that check the echo of timestamps, then take up to a second for some connections."`
 }
 
 type rawForward struct {
@@ -200,6 +213,18 @@ func (t *rawTarget) port(g *rawTargetGroup) uint16 {
 		return t.Port.V
 	}
 	return g.Port.V
+}
+
+// sourcePrefixLength defaults to an address, or to the network that an IPv6 host can
+// choose its addresses from (RFC 4291, 2.5.1).
+func (l *rawListener) sourcePrefixLength() int {
+	switch {
+	case l.SourcePrefixLength.Written:
+		return l.SourcePrefixLength.V
+	case l.VIP.V.Is4():
+		return 32
+	}
+	return 64
 }
 
 // timeout defaults to ELBv2's 6s for HTTP and 10s for the rest, but never to

@@ -53,7 +53,26 @@ func (l *rawListener) spec() balancer.Listener {
 		}),
 		TCPIdleTimeout: l.TCPIdleTimeout.V,
 		Allow:          prefixes(l.Allow),
+		SYNProxy:       l.synProxy(),
+		SourceLimit:    l.sourceLimit(),
 	}
+}
+
+// synProxy is the zero value while the proxy is off, whatever else the file says.
+func (l *rawListener) synProxy() balancer.SYNProxy {
+	p := &l.SYNProxy
+	if !p.Enabled.V {
+		return balancer.SYNProxy{}
+	}
+	return balancer.SYNProxy{MSS: uint16(p.MSS.V), WindowScale: uint8(p.WindowScale.V), Timestamps: p.Timestamps.V}
+}
+
+// sourceLimit is the zero value without a limit.
+func (l *rawListener) sourceLimit() balancer.SourceLimit {
+	if l.MaxConnectionsPerSource.V == 0 {
+		return balancer.SourceLimit{}
+	}
+	return balancer.SourceLimit{Flows: uint32(l.MaxConnectionsPerSource.V), Prefix: l.sourcePrefixLength()}
 }
 
 func (g *rawTargetGroup) spec() balancer.TargetGroup {

@@ -37,6 +37,10 @@ type Options struct {
 	// meanwhile is summed up, at most one Transition per check. Nil: nobody
 	// wants to know.
 	OnChange func([]Transition)
+	// OnResult is told how each probe of a check in the set ended, in the probe's
+	// goroutine: by many at once. The check's next probe waits until it returns.
+	// Nil: nobody wants to know.
+	OnResult func(Key, Result)
 	// Probe replaces Prober.Probe. It must end when its context does.
 	Probe func(context.Context, Check) Result
 }
@@ -74,6 +78,7 @@ type Status struct {
 type Scheduler struct {
 	probe    func(context.Context, Check) Result
 	onChange func([]Transition)
+	onResult func(Key, Result)
 	epoch    time.Time       // zero of clock
 	base     context.Context // ends all probes
 	stop     context.CancelFunc
@@ -100,6 +105,7 @@ type entry struct {
 	stop  context.CancelFunc
 
 	due     time.Duration // of the next probe, or of the one in flight, by clock
+	begun   time.Duration // of the probe in flight, by clock; 0: there is none
 	phase   time.Duration // if not 0: from the first probe's start to the second's
 	tracker Tracker
 	since   time.Time
@@ -118,7 +124,7 @@ func New(opts Options) *Scheduler {
 	}
 	base, stop := context.WithCancel(context.Background())
 	return &Scheduler{
-		probe: probe, onChange: opts.OnChange, epoch: time.Now(), base: base, stop: stop,
+		probe: probe, onChange: opts.OnChange, onResult: opts.OnResult, epoch: time.Now(), base: base, stop: stop,
 		wake: make(chan struct{}, 1), told: make(chan struct{}, 1),
 		entries: make(map[Key]*entry), pendingAt: make(map[Key]int),
 	}
@@ -245,6 +251,7 @@ func (s *Scheduler) launch(running *sync.WaitGroup) time.Duration {
 	now := s.clock()
 	for len(s.queue) > 0 && s.queue[0].due <= now {
 		e := s.queue.pop()
+		e.begun = max(1, now) // by a clock that stands still it may be 0
 		running.Go(func() { s.observe(e, s.probe(e.ctx, e.check)) })
 	}
 	wait := time.Hour
@@ -257,12 +264,16 @@ func (s *Scheduler) launch(running *sync.WaitGroup) time.Duration {
 
 // observe takes in how a probe ended and plans the next.
 func (s *Scheduler) observe(e *entry, r Result) {
+	if s.onResult != nil && e.ctx.Err() == nil {
+		s.onResult(e.key, r)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if e.ctx.Err() != nil {
 		return
 	}
 	s.judge(e, r)
+	e.begun = 0
 	e.plan(s.clock())
 	s.queue.push(e)
 	if e.due < s.sleep-launchStep {
@@ -354,6 +365,27 @@ func (s *Scheduler) Status(key Key) (Status, bool) {
 		return e.status(), true
 	}
 	return Status{}, false
+}
+
+// Overdue is how long ago the result of a probe should have been there, of the check
+// that waits longest: its start was missed, or it has not ended although its timeout is
+// over. It is 0 where none is late, and before Run. On a host that keeps up it stays
+// below a second.
+func (s *Scheduler) Overdue() (longest time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sleep == 0 {
+		return 0 // Run has not looked yet
+	}
+	now := s.clock()
+	for _, e := range s.entries {
+		late := now - e.due
+		if e.begun > 0 {
+			late = now - e.begun - e.check.Timeout
+		}
+		longest = max(longest, late)
+	}
+	return longest
 }
 
 // Snapshot returns what is known of all checks.

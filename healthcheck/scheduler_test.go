@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -160,6 +161,41 @@ func TestLife(t *testing.T) {
 		}
 		if diff := cmp.Diff([]string{"initial to healthy", "healthy to unhealthy", "unhealthy to healthy"}, changes); diff != "" {
 			t.Errorf("transitions (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// OnResult hears of each probe, good or bad, and of none of a check that is gone.
+func TestResultsAreTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, c := newField(), everySecond(target)
+		var mu sync.Mutex
+		told := map[Kind]int{}
+		s := New(Options{Probe: f.probe, OnResult: func(k Key, r Result) {
+			mu.Lock()
+			defer mu.Unlock()
+			if k != c.Key() || r.Target != target {
+				t.Errorf("%v of %v", r, k)
+			}
+			told[r.Kind]++
+		}})
+		defer run(t, s)()
+		s.Set([]Check{c})
+		time.Sleep(1500 * time.Millisecond)
+		f.set(target, Unmade)
+		time.Sleep(time.Second)
+		f.set(target, Refused)
+		time.Sleep(time.Second)
+		f.mu.Lock()
+		f.takes[target] = time.Hour
+		f.mu.Unlock()
+		time.Sleep(time.Second) // a probe is in flight
+		s.Set(nil)
+		time.Sleep(10 * time.Second)
+		mu.Lock()
+		defer mu.Unlock()
+		if diff := cmp.Diff(map[Kind]int{OK: 2, Unmade: 1, Refused: 1}, told); diff != "" {
+			t.Error(diff)
 		}
 	})
 }
@@ -506,6 +542,57 @@ func TestRunJoins(t *testing.T) {
 		}
 		if err := s.Run(t.Context()); err == nil {
 			t.Error("a second Run")
+		}
+	})
+}
+
+// A probe that does not end, and one that is never begun, are overdue; what is slow
+// within its timeout is not.
+func TestOverdue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		var hang atomic.Bool
+		s := New(Options{Probe: func(ctx context.Context, c Check) Result {
+			if hang.Load() {
+				<-release // although its time is over
+			}
+			time.Sleep(c.Timeout)
+			return Result{Target: c.Target, Kind: OK}
+		}})
+		s.Set([]Check{{Target: netip.MustParseAddrPort("10.0.1.11:80"), Interval: 10 * time.Second, Timeout: 4 * time.Second}})
+		time.Sleep(time.Hour)
+		if late := s.Overdue(); late != 0 {
+			t.Errorf("overdue for %v before Run", late)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- s.Run(ctx) }()
+		for range 600 {
+			time.Sleep(100 * time.Millisecond)
+			synctest.Wait()
+			if late := s.Overdue(); late > 0 {
+				t.Fatalf("overdue for %v although all is well", late)
+			}
+		}
+		hang.Store(true)
+		time.Sleep(time.Minute)
+		// The last good one began up to an interval after that, and had its timeout.
+		if late := s.Overdue(); late < 45*time.Second || late > time.Minute {
+			t.Errorf("overdue for %v after a minute without a result", late)
+		}
+		close(release)
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		if late := s.Overdue(); late > 0 {
+			t.Errorf("overdue for %v although probes end again", late)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute)
+		if late := s.Overdue(); late < 49*time.Second {
+			t.Errorf("overdue for %v a minute after the last probe was begun", late)
 		}
 	})
 }

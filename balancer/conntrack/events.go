@@ -11,6 +11,8 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+
+	"nlb/balancer/events"
 )
 
 // eventBuffer takes the ends of some 20,000 flows, at about 800 bytes each as
@@ -229,6 +231,6 @@ func (t *Tracker) overrun(fd int) {
 	if !t.warned {
 		t.warned = true
 		t.log.Warn("conntrack events were lost: the bytes that those flows carried at last are not counted",
-			zap.Uint64("lost", n), zap.Uint64("lost_total", t.stats.LostEvents))
+			events.FlowEventsLost.Field(), zap.Uint64("lost", n), zap.Uint64("lost_total", t.stats.LostEvents))
 	}
 }

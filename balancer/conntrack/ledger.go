@@ -6,6 +6,7 @@ package conntrack
 type ledger struct {
 	flows  map[flowID]entry
 	totals map[uint32]volume
+	resets map[uint32]uint64 // flows whose end was told, after a reset
 	// dump numbers the dump under way, and complete is the last one that was
 	// read to its end. Until there was one, a flow that is not known may be
 	// older than the ledger.
@@ -28,7 +29,7 @@ type entry struct {
 type tally struct{ active, unaccounted uint64 }
 
 func newLedger() *ledger {
-	return &ledger{flows: map[flowID]entry{}, totals: map[uint32]volume{}}
+	return &ledger{flows: map[flowID]entry{}, totals: map[uint32]volume{}, resets: map[uint32]uint64{}}
 }
 
 // begin starts a dump, or starts it again.
@@ -81,6 +82,9 @@ func (l *ledger) end(key uint32, r *record) {
 	if known || l.complete > 0 {
 		l.add(key, e.seen, r.volume())
 	}
+	if tcpState(r.protoinfo) == Close {
+		l.resets[key]++
+	}
 	delete(l.flows, id)
 }
 
@@ -101,6 +105,11 @@ func (l *ledger) finish() map[uint32]Counts {
 	counts := make(map[uint32]Counts, len(l.totals))
 	for key, v := range l.totals {
 		counts[key] = Counts{Bytes: v.bytes, Packets: v.packets}
+	}
+	for key, n := range l.resets {
+		c := counts[key]
+		c.Resets = n
+		counts[key] = c
 	}
 	for key, n := range l.live {
 		c := counts[key]

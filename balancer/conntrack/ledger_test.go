@@ -20,6 +20,15 @@ func dying(r *record) *record {
 	return r
 }
 
+// inState is the record of a TCP flow in a state.
+func inState(r *record, s TCPState) *record {
+	var inner, outer attrs
+	inner.put(ctaProtoinfoTCPState, []byte{byte(s)})
+	outer.put(ctaProtoinfoTCP|nested, inner)
+	r.protoinfo = outer
+	return r
+}
+
 func TestLedger(t *testing.T) {
 	const key = 7
 	dump := func(l *ledger, rs ...*record) map[uint32]Counts {
@@ -137,6 +146,17 @@ func TestLedger(t *testing.T) {
 				return dump(l, seen(1, 300))
 			},
 			Counts{Active: 1, Bytes: 800, Packets: 8},
+		},
+		"only flows that saw a reset count as such": {
+			func(l *ledger) map[uint32]Counts {
+				dump(l)
+				l.end(key, inState(seen(1, 100), Close))
+				l.end(key, inState(seen(2, 100), Established))
+				l.end(key, inState(seen(3, 100), LastAck))
+				l.end(key, seen(4, 100))
+				return dump(l, inState(seen(5, 100), Close))
+			},
+			Counts{Active: 1, Bytes: 500, Packets: 5, Resets: 1},
 		},
 		"a flow without counters": {
 			func(l *ledger) map[uint32]Counts {

@@ -35,6 +35,11 @@ type Counts struct {
 	// IP headers included, of flows that live and flows that ended. They never
 	// go down. What flows carried before the tracker began is not in it.
 	Bytes, Packets uint64
+	// Resets is how many TCP flows have ended, since the tracker began, that saw a
+	// reset: from the client, from the target or from this host, which the kernel
+	// does not tell apart. A flow counts when conntrack forgets it, 10 seconds after
+	// the reset (nf_conntrack_tcp_timeout_close), and only if Run heard of that.
+	Resets uint64
 	// Unaccounted is how many of Active have no counters and are not in Bytes
 	// and Packets: net.netfilter.nf_conntrack_acct was 0 when they began.
 	Unaccounted uint64

@@ -15,6 +15,8 @@ const (
 	msgNew    = unix.NFNL_SUBSYS_CTNETLINK << 8   // IPCTNL_MSG_CT_NEW, 0
 	msgGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1 // IPCTNL_MSG_CT_GET
 	msgDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2 // IPCTNL_MSG_CT_DELETE
+	msgPerCPU = unix.NFNL_SUBSYS_CTNETLINK<<8 | 4 // IPCTNL_MSG_CT_GET_STATS_CPU
+	msgStats  = unix.NFNL_SUBSYS_CTNETLINK<<8 | 5 // IPCTNL_MSG_CT_GET_STATS
 
 	ctaTupleOrig     = 1
 	ctaTupleReply    = 2
@@ -45,6 +47,13 @@ const (
 
 	ctaProtoinfoTCP      = 1
 	ctaProtoinfoTCPState = 1
+
+	ctaStatsInsertFailed = 9
+	ctaStatsDrop         = 10
+	ctaStatsEarlyDrop    = 11
+
+	ctaStatsGlobalEntries    = 1
+	ctaStatsGlobalMaxEntries = 2
 
 	nested = unix.NLA_F_NESTED
 )

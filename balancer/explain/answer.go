@@ -89,8 +89,18 @@ type Outcome struct {
 	TargetSeesOneOf []string `json:"target_sees_one_of,omitempty"`
 	// HeaderClient is whom a PROXY v2 header names to the target.
 	HeaderClient string `json:"header_client,omitempty"`
+	// SYNProxy says that the client has to return a SYN cookie first.
+	SYNProxy bool `json:"syn_proxy,omitempty"`
+	// Limit is how many flows the client may have at a time; absent without a limit.
+	Limit *Limit `json:"source_limit,omitempty"`
 	// Rewrites are in the order in which they are made.
 	Rewrites []Rewrite `json:"rewrites"`
+}
+
+// A Limit is of the flows of all who count as one client.
+type Limit struct {
+	Flows  uint32       `json:"flows"`
+	Client netip.Prefix `json:"client"`
 }
 
 // An Endpoint is where a target listens.

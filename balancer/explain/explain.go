@@ -416,7 +416,7 @@ func (e *Explainer) slotsOf(p *pool, bits int) *slots {
 	}
 	s.owner = maglev.Build(e.table.Key, e.base, maglev.Size(e.base, len(entries)), entries)
 	spare := maglev.Spare(e.base)
-	s.spare = maglev.Build(e.table.Key, spare, maglev.Size(spare, len(takers)), takers)
+	s.spare = maglev.Build(e.table.Key, spare, maglev.SpareSize(spare, len(takers)), takers)
 	p.slots[bits] = s
 	return s
 }

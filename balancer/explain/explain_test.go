@@ -99,6 +99,34 @@ func ask(e *explain.Explainer, protocol uint8, client, to string) explain.Answer
 	return e.Explain(q)
 }
 
+// TestExplainTellsOfProtection: a listener's SYN proxy is of TCP alone, and its limit of
+// all who count as one client.
+func TestExplainTellsOfProtection(t *testing.T) {
+	table := everything()
+	for i := range table.Services {
+		if table.Services[i].Port == 2 {
+			table.Services[i].SYNProxy = balancer.SYNProxy{MSS: 1460}
+			table.Services[i].SourceLimit = balancer.SourceLimit{Flows: 7, Prefix: 24}
+		}
+	}
+	e := explain.New(nil, table)
+	for _, c := range []struct {
+		protocol uint8
+		to       string
+		proxy    bool
+		limit    *explain.Limit
+	}{
+		{balancer.ProtoTCP, "198.51.100.10:2", true, &explain.Limit{Flows: 7, Client: prefixes("203.0.113.0/24")[0]}},
+		{balancer.ProtoUDP, "198.51.100.10:2", false, &explain.Limit{Flows: 7, Client: prefixes("203.0.113.0/24")[0]}},
+		{balancer.ProtoTCP, "198.51.100.10:1", false, nil},
+	} {
+		o := ask(e, c.protocol, "203.0.113.9:4000", c.to).Outcome
+		if diff := cmp.Diff(c.limit, o.Limit, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" || o.SYNProxy != c.proxy {
+			t.Errorf("protocol %d to %s: SYN proxy %v, limit (-want +got):\n%s", c.protocol, c.to, o.SYNProxy, diff)
+		}
+	}
+}
+
 func TestExplain(t *testing.T) {
 	e := explain.New(nil, everything())
 	for _, c := range []struct {

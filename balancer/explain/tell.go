@@ -12,6 +12,8 @@ func (e *Explainer) tell(q Question, o outcome) Outcome {
 	out := Outcome{Verdict: o.verdict, Reason: o.reason, Hairpin: o.hairpin, Rewrites: []Rewrite{}}
 	if o.service != nil {
 		out.Listener = o.service.Name
+		out.SYNProxy = q.Protocol == balancer.ProtoTCP && o.service.SYNProxy.On()
+		out.Limit = limit(q.Client.Addr(), o.service.SourceLimit)
 	}
 	if o.pool != nil {
 		out.TargetGroup, out.ClientIP = o.pool.Name, o.pool.ClientIP.String()
@@ -45,6 +47,14 @@ func (e *Explainer) tell(q Question, o outcome) Outcome {
 		out.HeaderClient = endText(e.arriving(flowOf(q), o.service))
 	}
 	return out
+}
+
+// limit is nil without one.
+func limit(client netip.Addr, l balancer.SourceLimit) *Limit {
+	if !l.On() {
+		return nil
+	}
+	return &Limit{l.Flows, netip.PrefixFrom(client, l.Prefix).Masked()}
 }
 
 func endpoint(d *balancer.Destination) *Endpoint { return &Endpoint{d.Address, d.Port} }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 )
 
 var (
@@ -52,7 +53,7 @@ func (s *Sysctls) Plan(_ context.Context, want *balancer.Desired) (balancer.Plan
 		// Without it nothing can be restored, yet the rest works.
 		if !s.warned {
 			s.log.Warn("previous values of sysctls cannot be read and will not be restored; "+
-				"the file is set aside when the next one is written", zap.Error(damaged))
+				"the file is set aside when the next one is written", events.ForeignStateDamaged.Field(), zap.Error(damaged))
 			s.warned = true
 		}
 		err = nil
@@ -245,7 +246,7 @@ func (s *Sysctls) write(ctx context.Context, settings ...setting) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w%s", w.line(), err, remedy(w, err))
 		}
-		s.log.Info("sysctl set", zap.String("key", balancer.SysctlName(w.Key)), zap.String("value", w.Value))
+		s.log.Info("sysctl set", events.SysctlSet.Field(), zap.String("key", balancer.SysctlName(w.Key)), zap.String("value", w.Value))
 	}
 	return nil
 }

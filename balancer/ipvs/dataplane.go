@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 )
 
 var (
@@ -208,7 +209,7 @@ func (d *Dataplane) saved() ([]record, error) {
 	saved, err := d.records.Load()
 	if _, damaged := errors.AsType[*balancer.DamagedError](err); damaged {
 		if !d.damaged {
-			d.log.Warn("what IPVS's settings were before is unknown, those of now will stay", zap.Error(err))
+			d.log.Warn("what IPVS's settings were before is unknown, those of now will stay", events.ForeignStateDamaged.Field(), zap.Error(err))
 		}
 		d.damaged = true
 		return nil, nil
@@ -274,7 +275,7 @@ func (d *Dataplane) warnOfRemote(want *balancer.Desired, to []service) {
 	}
 	if len(remote) > 0 && !slices.Equal(remote, d.remote) {
 		d.log.Warn("IPVS sees only what is delivered to this host: give the VIP an interface, or add a local route to it",
-			zap.Stringers("vips", remote))
+			events.VIPNotLocal.Field(), zap.Stringers("vips", remote))
 	}
 	d.remote = remote
 }

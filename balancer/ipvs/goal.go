@@ -201,10 +201,13 @@ func leftover(h *service, relayed bool) (service, bool) {
 		return service{}, false
 	}
 	if relayed {
-		own := destination{at: h.key.at, weight: 1}
-		s.destinations = slices.DeleteFunc(s.destinations, func(d destination) bool { return d.at == own.at })
-		s.destinations = append(s.destinations, own)
-		s.sort()
+		own := s.find(h.key.at)
+		if own == nil {
+			s.destinations = append(s.destinations, destination{at: h.key.at, weight: 1})
+			s.sort()
+		} else {
+			own.weight = 1
+		}
 	}
 	return s, true
 }

@@ -35,6 +35,13 @@ const (
 	// perTarget is the least number of slots for each target: it makes one
 	// slot at most 1 % of an equal share.
 	perTarget = 100
+
+	// sparePerTarget is that of a spare table. Its flows are those of targets
+	// that fail, so that a slot's worth of them, at most 6 % of an equal share,
+	// is little of the whole. And each verdict changes two targets' worth of its
+	// slots: with 100 the kernel had several hundred elements to change, which
+	// took it longer than all else.
+	sparePerTarget = 16
 )
 
 // An Entry is a target that takes slots.
@@ -62,9 +69,15 @@ func BaseFor(tables int) int {
 // Size returns the number of slots for n targets: base, doubled until each
 // target has 100 slots or the table is MaxSize. Targets of weight 0 should be
 // counted, so that a drain or a failed health check does not resize the table.
-func Size(base, n int) int {
+func Size(base, n int) int { return grown(base, perTarget*n) }
+
+// SpareSize is Size for a table whose base is Spare, with 16 slots for each target.
+func SpareSize(base, n int) int { return grown(base, sparePerTarget*n) }
+
+// grown is base, doubled until it is as large as wanted, or MaxSize.
+func grown(base, wanted int) int {
 	size := base
-	for size < perTarget*n && size < MaxSize {
+	for size < wanted && size < MaxSize {
 		size *= 2
 	}
 	return size

@@ -93,6 +93,22 @@ func TestShares(t *testing.T) {
 	}
 }
 
+// A spare table has fewer slots, and shares those as evenly.
+func TestSpareShares(t *testing.T) {
+	for _, finest := range []int{FinestBase, CoarsestBase} {
+		base := Spare(finest)
+		for n := 2; n <= 200; n += 1 + n/5 {
+			for _, entries := range [][]Entry{targets(n, 1), targets(n, 100), targets(n, 1, 2), targets(n, 0, 256, 1)} {
+				checkShares(t, Build(testKey(n), base, SpareSize(base, n), entries), entries)
+			}
+			table := Build(testKey(n), base, SpareSize(base, n), targets(n, 1))
+			if least := slices.Min(counts(table, n)); least < sparePerTarget-1 {
+				t.Errorf("%d targets in %d slots: one has %d", n, len(table), least)
+			}
+		}
+	}
+}
+
 // TestOneTargetMore removes one target, or adds it, read the other way round.
 // Ideally no hash moves that the target did not have; few do. Wherever the
 // smaller group has a smaller table, this measures the step between sizes too.
@@ -131,19 +147,28 @@ func TestOneTargetMore(t *testing.T) {
 }
 
 // TestEverySize takes every number of targets from 200 down by one, at the base
-// that installations of up to 32 groups have.
+// that installations of up to 32 groups have. Each table is dealt from the contests
+// of the one before, as a daemon does it, and is the one that Build deals
+// (TestRebuildIsBuild).
 func TestEverySize(t *testing.T) {
 	const base = FinestBase
 	entries := targets(200, 1)
-	more := build(1, base, entries)
+	rebuild := func(entries []Entry, before *Contests) ([]int32, *Contests) {
+		return Rebuild(testKey(1), base, Size(base, len(entries)), entries, before)
+	}
+	more, contests := rebuild(entries, nil)
 	for n := len(entries); n >= 2; n-- {
 		less := entries[:n-1]
-		next := build(1, base, less)
+		var next []int32
+		next, contests = rebuild(less, contests)
 		moved := movedBetween(more, entries[:n], next, less)
 		if limit := 1/float64(n) + 0.01; moved > limit {
 			t.Errorf("%d to %d targets: %.4f of the hashes moved, want at most %.4f", n, n-1, moved, limit)
 		}
 		checkShares(t, next, less)
+		if n%50 == 1 && !slices.Equal(next, build(1, base, less)) {
+			t.Errorf("%d targets: %d rebuilds end at another table than Build", n-1, len(entries)-n+1)
+		}
 		more = next
 	}
 }
@@ -172,6 +197,17 @@ func TestSize(t *testing.T) {
 	want := map[int]int{0: 4096, 1: 4096, 10: 4096, 40: 4096, 41: 8192, 81: 8192, 82: 16384, 200: 32768, 650: 65536, 1 << 20: MaxSize}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("Size (-want +got):\n%s", diff)
+	}
+}
+
+func TestSpareSize(t *testing.T) {
+	got := map[int]int{}
+	for _, n := range []int{0, 1, 64, 65, 128, 129, 1000, 1 << 20} {
+		got[n] = SpareSize(Spare(FinestBase), n)
+	}
+	want := map[int]int{0: 1024, 1: 1024, 64: 1024, 65: 2048, 128: 2048, 129: 4096, 1000: 16384, 1 << 20: MaxSize}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("SpareSize (-want +got):\n%s", diff)
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"reflect"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -74,7 +73,7 @@ func (c *companion) render(rs *Ruleset, t *balancer.Table, n *numbers) {
 // a new one.
 func (r *renderedPool) accompanying(p *balancer.Pool, n *numbers) *renderedPool {
 	nums := n.of(p)
-	if r != nil && slices.Equal(r.numbers, nums) && reflect.DeepEqual(r.pool, *p) {
+	if r != nil && slices.Equal(r.numbers, nums) && r.pool.Same(p) {
 		return r
 	}
 	out := &renderedPool{pool: *p, numbers: nums, chosen: true}
@@ -129,8 +128,7 @@ func (c *companion) serviceRule(rs *Ruleset, t *balancer.Table, svc *balancer.Vi
 		}
 		p := c.pools[w.Pool]
 		relays = relays || slices.ContainsFunc(p.pool.Usable(f.bits), func(d int) bool {
-			dest := &p.pool.Destinations[d]
-			return dest.Weight > 0 && p.pool.ClientIPOf(dest) == balancer.ProxyProtocolV2
+			return relaysTo(&p.pool, &p.pool.Destinations[d])
 		})
 		balanced = balanced || slices.ContainsFunc(p.balanced(), func(d int) bool {
 			dest := &p.pool.Destinations[d]

@@ -47,7 +47,7 @@ func contrast(t *testing.T, one, other *balancer.Table) string {
 	var b strings.Builder
 	b.WriteString(short.String())
 	for _, name := range missing(plain.Sets, all.Sets) {
-		fmt.Fprintf(&b, "# no map %s\n", name)
+		fmt.Fprintf(&b, "# no %s %s\n", plain.Sets[name].word(), name)
 	}
 	for _, name := range missing(plain.Chains, all.Chains) {
 		fmt.Fprintf(&b, "# no chain %s\n", name)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 )
 
 // A Dataplane is the balancer.Part that keeps table inet nlb.
@@ -63,7 +65,7 @@ func New(log *zap.Logger, dir string) (*Dataplane, error) {
 	}
 	d := &Dataplane{log: log, dir: dir, sock: s, others: others, numbers: newNumbers()}
 	if d.saved, err = readLast(dir); err != nil {
-		log.Warn("the last target number is unknown: the highest one installed counts", zap.Error(err))
+		log.Warn("the last target number is unknown: the highest one installed counts", events.StateCannotBeRead.Field(), zap.Error(err))
 	}
 	d.numbers.last = d.saved
 	return d, nil
@@ -189,7 +191,7 @@ func (d *Dataplane) keepLast(p *Plan) {
 		return
 	}
 	if err := writeLast(d.dir, p.numbers.last); err != nil {
-		d.log.Warn("the last target number cannot be kept", zap.Uint16("number", p.numbers.last), zap.Error(err))
+		d.log.Warn("the last target number cannot be kept", events.StateCannotBeKept.Field(), zap.Uint16("number", p.numbers.last), zap.Error(err))
 		return
 	}
 	d.saved = p.numbers.last
@@ -280,6 +282,26 @@ func (d *Dataplane) Number(k balancer.TargetKey) (m Mark, ok bool) {
 	defer d.mu.Unlock()
 	num, ok := d.numbers.byKey[k]
 	return Mark(markOf(num, 0)), ok
+}
+
+// Numbers are those of the targets in force: in the marks of their flows and in the
+// names of their chains. Targets that are relayed have one, too, and no chain.
+func (d *Dataplane) Numbers() map[balancer.TargetKey]uint16 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return maps.Clone(d.numbers.byKey)
+}
+
+// Know takes over numbers that the Dataplane of another process gave, which works on the
+// same table and state folder: what it plans is then what that one would. The table
+// tells only those that have chains. It comes before the first Plan.
+func (d *Dataplane) Know(given map[balancer.TargetKey]uint16) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.numbers = d.numbers.clone()
+	for k, num := range given {
+		d.numbers.set(k, num)
+	}
 }
 
 // Events has what happened to new flows since the table was made.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -377,7 +376,7 @@ func (s addSet) text() string {
 		body += " flags " + f + ";"
 	}
 	if t := s.s.kind.timeout; t != 0 {
-		body += fmt.Sprintf(" timeout %ds;", t/time.Second)
+		body += fmt.Sprintf(" timeout %s;", timeoutText(t))
 	}
 	if s.s.Size > 0 {
 		body += fmt.Sprintf(" size %d;", s.s.Size)

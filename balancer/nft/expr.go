@@ -207,6 +207,13 @@ func (b *ruleBuilder) fromThisHost() {
 	b.say("iif 0")
 }
 
+// fromElsewhere matches packets that came in by an interface.
+func (b *ruleBuilder) fromElsewhere() {
+	b.loadMeta(unix.NFT_META_IIF, 0)
+	b.cmp(unix.NFT_CMP_NEQ, 0, native32(0))
+	b.say("iif != 0")
+}
+
 // notLooped matches packets that came in by another interface than the loopback,
 // whose index is always 1 (LOOPBACK_IFINDEX).
 func (b *ruleBuilder) notLooped() {
@@ -228,6 +235,14 @@ func (b *ruleBuilder) ctMarkHas(bits uint32) {
 	b.bitwise(0, native32(bits), native32(0))
 	b.cmp(unix.NFT_CMP_EQ, 0, native32(bits))
 	b.say("ct mark & 0x%08x == 0x%08x", bits, bits)
+}
+
+// ctMarkLacks matches flows whose mark has none of the given bits.
+func (b *ruleBuilder) ctMarkLacks(bits uint32) {
+	b.loadCT(unix.NFT_CT_MARK, 0)
+	b.bitwise(0, native32(bits), native32(0))
+	b.cmp(unix.NFT_CMP_EQ, 0, native32(0))
+	b.say("ct mark & 0x%08x == 0", bits)
 }
 
 // ctMarkAny matches flows whose mark has one of the given bits.
@@ -328,6 +343,15 @@ func (b *ruleBuilder) tcpNotRST() {
 	b.bitwise(0, []byte{tcpRST}, []byte{0})
 	b.cmp(unix.NFT_CMP_EQ, 0, []byte{0})
 	b.say("tcp flags & rst == 0")
+}
+
+// tcpHasSYN matches TCP segments with a SYN, whatever else they are; l4proto must
+// have been matched before.
+func (b *ruleBuilder) tcpHasSYN() {
+	b.payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1, 0)
+	b.bitwise(0, []byte{tcpSYN}, []byte{0})
+	b.cmp(unix.NFT_CMP_NEQ, 0, []byte{0})
+	b.say("tcp flags & syn != 0")
 }
 
 // tcpSYN compares a TCP segment's flags with those of the first of a connection.
@@ -560,26 +584,28 @@ func (b *ruleBuilder) ctTimeout(name string) {
 	b.say("ct timeout set %q", name)
 }
 
-// dynset adds the key in register 0 to a dynamic set, with a counter if so wanted,
-// which then counts the packet. The operation is add, which counts for an element
-// that exists as well as update does; before 5.17 the kernel has update for sets
-// with timeouts only. The rule ends if the set is full.
-func (b *ruleBuilder) dynset(set string, counter bool) {
+// dynset adds the key in register 0 to a dynamic set, with a statement of its own if
+// there is one, which then has the packet. The operation is add, whose statement runs
+// for an element that exists as update's does; before 5.17 the kernel has update for
+// sets with timeouts only. The rule ends if the set is full.
+func (b *ruleBuilder) dynset(set string, statement func(*attrs)) {
 	b.expr("dynset", func(a *attrs) {
 		a.u32(unix.NFTA_DYNSET_SREG_KEY, reg(0).number())
 		a.u32(unix.NFTA_DYNSET_OP, unix.NFT_DYNSET_OP_ADD)
 		a.str(unix.NFTA_DYNSET_SET_NAME, set)
-		if counter {
-			a.nest(unix.NFTA_DYNSET_EXPR, func(a *attrs) { a.str(unix.NFTA_EXPR_NAME, "counter") })
+		if statement != nil {
+			a.nest(unix.NFTA_DYNSET_EXPR, statement)
 		}
 	})
 }
+
+func counterStatement(a *attrs) { a.str(unix.NFTA_EXPR_NAME, "counter") }
 
 // countTarget counts the packet for its flow's target.
 func (b *ruleBuilder) countTarget(set string) {
 	b.loadCT(unix.NFT_CT_MARK, 0)
 	b.bitwise(0, native32(TargetMask), native32(0))
-	b.dynset(set, true)
+	b.dynset(set, counterStatement)
 	b.say("add @%s { ct mark & 0x%08x counter }", set, TargetMask)
 }
 
@@ -594,7 +620,7 @@ func (b *ruleBuilder) flowNotIn(set string) {
 
 func (b *ruleBuilder) addFlow(set string) {
 	b.loadCT(ctID, 0)
-	b.dynset(set, false)
+	b.dynset(set, nil)
 	b.say("add @%s { ct id }", set)
 }
 

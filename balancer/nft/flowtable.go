@@ -237,19 +237,8 @@ func (d *Dataplane) lostDevices() error {
 // Nothing is changed: the kernel tries a transaction and drops it, because it does
 // not end.
 func (d *Dataplane) ProbeFastPath() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	b := newBatch()
-	const chain = "probe"
 	trial := &Flowtable{Name: "probe", Flags: flowtableCounter}
-	for i, s := range []step{
-		addTable{}, addFlowtable{trial}, addChain{&Chain{Name: chain}},
-		addRule{chain, rule(func(b *ruleBuilder) { b.flowAdd(trial.Name) })},
-	} {
-		s.encode(b, i)
-	}
-	b.acknowledge()
-	err := d.sock.commit(b)
+	err := d.try(addFlowtable{trial}, addRule{chainProbe, rule(func(b *ruleBuilder) { b.flowAdd(trial.Name) })})
 	if err == nil {
 		return nil
 	}

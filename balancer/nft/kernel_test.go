@@ -116,7 +116,7 @@ func converge(t *testing.T, d *Dataplane, want *balancer.Desired) balancer.Plan 
 // nothing to do.
 func TestObserveAfterApply(t *testing.T) {
 	d := newDataplane(t)
-	for _, table := range []*balancer.Table{everything(), relaying()} {
+	for _, table := range []*balancer.Table{everything(), relaying(), protecting()} {
 		want := &balancer.Desired{Table: table}
 		converge(t, d, want)
 		if p := planAfresh(t, want); !p.Empty() {
@@ -125,12 +125,29 @@ func TestObserveAfterApply(t *testing.T) {
 	}
 }
 
+// What a kernel can is found out without a trace.
+func TestProbesOfProtection(t *testing.T) {
+	d := newDataplane(t)
+	converge(t, d, &balancer.Desired{Table: everything()})
+	if err := errors.Join(d.ProbeSYNProxy(), d.ProbeSourceLimit()); err != nil {
+		t.Error(err)
+	}
+	if err := d.try(addRule{chainProbe, rule(func(b *ruleBuilder) { b.bare("nosuchexpression") })}); err == nil {
+		t.Error("the kernel takes what it does not have")
+	}
+	if p := planAfresh(t, &balancer.Desired{Table: everything()}); !p.Empty() {
+		t.Errorf("afterwards %q", p.Lines())
+	}
+}
+
 // nft 1.0.6 dies on some rules that the kernel takes. None of ours may be one.
 func TestListable(t *testing.T) {
 	d := newDataplane(t)
-	converge(t, d, &balancer.Desired{Table: everything()})
-	if list := nftList(t, "inet nlb"); !strings.Contains(list, "chain group4.hairpin") {
-		t.Errorf("a group is missing:\n%s", list)
+	for _, table := range []*balancer.Table{everything(), protecting()} {
+		converge(t, d, &balancer.Desired{Table: table})
+		if list := nftList(t, "inet nlb"); !strings.Contains(list, "chain group4.hairpin") {
+			t.Errorf("a group is missing:\n%s", list)
+		}
 	}
 }
 
@@ -262,8 +279,14 @@ func TestTerminate(t *testing.T) {
 			if p := planAfresh(t, table(0, true)); !p.Empty() {
 				t.Errorf("a restart wants to change %q", p.Lines())
 			}
+			if e, err := d.Events(t.Context()); err != nil || e.Totals[counterReset] != 0 {
+				t.Errorf("%d resets before anybody spoke: %v", e.Totals[counterReset], err)
+			}
 			wantReset(t, ended, endedTarget)
 			wantReset(t, againTarget, again)
+			if e, err := d.Events(t.Context()); err != nil || e.Totals[counterReset] < 2 {
+				t.Errorf("two flows were reset, and %d resets counted: %v", e.Totals[counterReset], err)
+			}
 			wantAlive(t, other, otherTarget)
 
 			converge(t, d, table(0, false))

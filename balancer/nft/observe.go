@@ -118,9 +118,9 @@ func (s *socket) dumpSets(rs *Ruleset) error {
 
 // kinds are all shapes of set we make.
 var kinds = func() []*kind {
-	out := []*kind{slotKind, targetKind, shareKind, endedKind, countKind, flowKind}
+	out := []*kind{slotKind, targetKind, shareKind, numberKind, countKind, flowKind}
 	for _, f := range families {
-		out = append(out, vipKinds[f], prefixKinds[f], serviceKinds[f], targetsKinds[f], sourceKinds[f], destinationKinds[f])
+		out = append(out, vipKinds[f], prefixKinds[f], serviceKinds[f], targetsKinds[f], sourceKinds[f], destinationKinds[f], clientKinds[f], refusedKinds[f])
 	}
 	return out
 }()

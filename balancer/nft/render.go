@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"reflect"
 	"runtime"
 	"slices"
 	"sync"
@@ -39,10 +38,14 @@ const (
 	counterInvalid    = "invalid_drops"     // from a target, but of no flow we know
 	counterNoSource   = "no_source_drops"   // SNAT with no address to use
 	counterHairpinned = "hairpins"          // flows sourced from here because of their client
+	counterReset      = "resets"            // segments of flows being ended, answered with a reset
+
+	// counterSourceLimit is there as long as a service has a limit.
+	counterSourceLimit = "source_limit_drops" // from a client that has as many flows as it may
 )
 
 var counterNames = []string{
-	counterUnwanted, counterNotAllowed, counterNoTarget, counterHairpin, counterInvalid, counterNoSource, counterHairpinned,
+	counterUnwanted, counterNotAllowed, counterNoTarget, counterHairpin, counterInvalid, counterNoSource, counterHairpinned, counterReset,
 }
 
 // Priorities. NAT goes just before the usual dstnat and srcnat, so that a VIP is
@@ -106,6 +109,7 @@ func (r *renderer) render(t *balancer.Table, n *numbers) *Ruleset {
 	if t.UntrackedRelay {
 		renderUntracked(rs, t)
 	}
+	renderProxies(rs, t)
 	renderSource(rs, t, n)
 	return rs
 }
@@ -152,12 +156,17 @@ func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 		return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityFilter}, Rules: rules}
 	}
 	toDispatch := rule(func(b *ruleBuilder) { b.jump(chainDispatch) })
-	fromOutside, guard, leaving := []Rule{toDispatch}, guardRules(t.Dataplane), sourceWanted()
+	fromOutside, leaving := []Rule{toDispatch}, sourceWanted()
+	var unproven []Rule
+	if len(proxied(t)) > 0 {
+		fromOutside, unproven = append(unprovenStays(), toDispatch), unprovenRules()
+	}
+	guard := guardRules(t.Dataplane, unproven)
 	if t.Dataplane == balancer.IPVS {
 		leaving = append(chosenWanted(), leaving...)
 	}
 	if t.UntrackedRelay {
-		fromOutside, guard = append(relayedBefore(), toDispatch), append(guardUntracked(), guard...)
+		fromOutside, guard = append(relayedBefore(), fromOutside...), append(guardUntracked(), guard...)
 	}
 	return []*Chain{
 		nat("prerouting", unix.NF_INET_PRE_ROUTING, priorityDNAT, fromOutside...),
@@ -168,7 +177,7 @@ func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 			b.destInSet(f, vipsName(f))
 			b.jump(chainGuard)
 		})...),
-		filter(chainForward, unix.NF_INET_FORWARD, forwardRules()...),
+		filter(chainForward, unix.NF_INET_FORWARD, forwardRules(unproven)...),
 		filter("outgoing", unix.NF_INET_LOCAL_OUT, redirectRule()),
 		{Name: "prompts", Base: &Base{Type: "filter", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityRaw}, Rules: []Rule{promptRule()}},
 		{Name: chainDispatch, Rules: dispatchRules()},
@@ -210,9 +219,11 @@ func unwantedRules() []Rule {
 // guardRules decide what of a VIP's traffic the host itself may see: replies to
 // flows that began here, what the relay or IPVS takes, our own prompts to the ends of such flows, errors about
 // flows it knows, echo requests and neighbour discovery (ICMPv6 types 133 to 137,
-// RFC 4861). Nothing else, even if a socket listens.
-func guardRules(d balancer.Dataplane) []Rule {
+// RFC 4861). Nothing else, even if a socket listens. What belongs to no flow meets the
+// unproven rules before.
+func guardRules(d balancer.Dataplane, unproven []Rule) []Rule {
 	rules := append([]Rule{rule(func(b *ruleBuilder) { b.ctReply(); b.returns() })}, guardFlows(d)...)
+	rules = append(rules, unproven...)
 	return append(rules,
 		rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.PromptMark); b.returns() }),
 		rule(func(b *ruleBuilder) { b.ctState(ctRelated, "related"); b.returns() }),
@@ -228,17 +239,19 @@ func guardRules(d balancer.Dataplane) []Rule {
 // forgotten), and a target's answer that would be taken for a new flow. That one
 // would also take the place of the real flow, and the client's next question
 // would be answered by a stranger. So a target cannot begin a UDP flow past us
-// from the very port that it serves. Established flows end at the first rule, our
-// own new ones before those about targets, because a target may call a VIP.
-func forwardRules() []Rule {
-	rules := []Rule{rule(func(b *ruleBuilder) { b.ctState(ctEstablished|ctRelated, "established,related"); b.accept() })}
+// from the very port that it serves. All packets of our flows end at the first
+// rule: they have a choice. A target may call a VIP, so that comes before the rules
+// about targets; other people's flows end at the second. What is left to a VIP that is
+// not bound here meets the unproven rules.
+func forwardRules(unproven []Rule) []Rule {
+	rules := []Rule{
+		rule(func(b *ruleBuilder) { b.ctMarkAny(TargetMask); b.accept() }),
+		rule(func(b *ruleBuilder) { b.ctState(ctEstablished|ctRelated, "established,related"); b.accept() }),
+	}
+	rules = append(rules, unproven...)
 	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
 		b.destInSet(f, vipsName(f))
 		b.dropAs(counterUnwanted)
-	})...)
-	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
-		b.originalDestInSet(f, vipsName(f))
-		b.accept()
 	})...)
 	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
 		b.ctState(ctNew, "new")
@@ -280,6 +293,7 @@ func endRules() []Rule {
 			b.l4proto(unix.IPPROTO_TCP)
 			b.ctMarkInSet(TargetMask, setEnded)
 			b.tcpNotRST()
+			b.counter(counterReset)
 			b.reset()
 		}),
 	}
@@ -433,7 +447,7 @@ func hostsSet(t *balancer.Table) *Set {
 
 // endedSet lists the targets whose TCP flows are being ended.
 func endedSet(t *balancer.Table, n *numbers) *Set {
-	s := &Set{Name: setEnded, kind: endedKind}
+	s := &Set{Name: setEnded, kind: numberKind}
 	for i := range t.Pools {
 		for _, d := range t.Pools[i].Destinations {
 			if d.Terminate {
@@ -500,6 +514,7 @@ func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService,
 		rs.addSet(s)
 		c.Rules = append(c.Rules, allowRule(svc, f))
 	}
+	c.Rules = append(c.Rules, renderLimit(rs, svc, f)...)
 	if slices.Contains(svc.Protocols, balancer.ProtoTCP) {
 		seconds := uint32(svc.IdleTimeout.Seconds())
 		o := &Object{Name: fmt.Sprintf("idle_%ds", seconds), Type: objectCTTimeout, Established: seconds}
@@ -647,7 +662,7 @@ func (r *renderedPool) addTo(rs *Ruleset) {
 
 // is reports whether r, which may be nil, is what becomes of such a pool.
 func (r *renderedPool) is(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int) bool {
-	return r != nil && r.key == key && r.base == base && slices.Equal(r.numbers, nums) && reflect.DeepEqual(r.pool, *p)
+	return r != nil && r.key == key && r.base == base && slices.Equal(r.numbers, nums) && r.pool.Same(p)
 }
 
 // rendered is what becomes of a pool, with what is left of r, which may be nil.
@@ -679,15 +694,20 @@ func (r *renderedPool) renderFamily(f *family, before *renderedPool) {
 		return
 	}
 
-	dealt := r.deal(f, mine, "slots", r.base, (*balancer.Destination).Dealt, before.dealing(f))
+	dealt := r.deal(f, mine, "slots", r.base, maglev.Size(r.base, len(mine)), (*balancer.Destination).Dealt, before.dealing(f))
 	r.dealt[f] = dealt
 	targets := r.addVerdicts(f, mine, "targets", targetChainName)
+	usable := ""
+	if !p.AvoidSelf {
+		usable = r.addUsable(f, mine)
+	}
 	seed := maglev.Seed(r.key, maglev.SeedTarget)
-	group.Rules = append(group.Rules, r.choose(f, dealt.set, seed, targets))
+	group.Rules = append(group.Rules, r.choose(f, dealt.set, seed, usable, targets))
 	if !p.AvoidSelf && len(mine) > 1 {
 		takes := func(d *balancer.Destination) int { return d.Weight }
-		r.spare[f] = r.deal(f, mine, "spare", maglev.Spare(r.base), takes, before.sparing(f))
-		group.Rules = append(group.Rules, r.choose(f, r.spare[f].set, maglev.Seed(r.key, maglev.SeedSpare), targets))
+		base := maglev.Spare(r.base)
+		r.spare[f] = r.deal(f, mine, "spare", base, maglev.SpareSize(base, len(mine)), takes, before.sparing(f))
+		group.Rules = append(group.Rules, r.choose(f, r.spare[f].set, maglev.Seed(r.key, maglev.SeedSpare), "", targets))
 	}
 
 	// elsewhere has the targets whose own clients can be sent to another.
@@ -704,7 +724,7 @@ func (r *renderedPool) renderFamily(f *family, before *renderedPool) {
 		slots := r.slots(f, mine, "second", others, int(dealt.set.Size))
 		r.sets = append(r.sets, slots)
 		r.chains = append(r.chains, &Chain{Name: second, Rules: []Rule{
-			r.choose(f, slots, seed, r.addVerdicts(f, mine, "others", sendChainName)), drop,
+			r.choose(f, slots, seed, "", r.addVerdicts(f, mine, "others", sendChainName)), drop,
 		}})
 	}
 	for _, d := range mine {
@@ -715,9 +735,12 @@ func (r *renderedPool) renderFamily(f *family, before *renderedPool) {
 // takesRelayed reports whether the relay has a target for new flows. Where those
 // of one family are all out, it takes the other's.
 func takesRelayed(p *balancer.Pool) bool {
-	return slices.ContainsFunc(p.Destinations, func(d balancer.Destination) bool {
-		return d.Weight > 0 && p.ClientIPOf(&d) == balancer.ProxyProtocolV2
-	})
+	return slices.ContainsFunc(p.Destinations, func(d balancer.Destination) bool { return relaysTo(p, &d) })
+}
+
+// relaysTo reports whether the relay may choose the destination for a new flow.
+func relaysTo(p *balancer.Pool, d *balancer.Destination) bool {
+	return d.Weight > 0 && p.ClientIPOf(d) == balancer.ProxyProtocolV2
 }
 
 // toRelay leaves the flow to the relay, whose socket is at the VIP, and which
@@ -752,7 +775,7 @@ func (r *renderedPool) sparing(f *family) *dealing {
 // deal adds a map from slot to target number, as before it where nothing that it
 // follows from has changed. Health is not among that for the one that is dealt by
 // Destination.Dealt.
-func (r *renderedPool) deal(f *family, mine []int, word string, base int, weight func(*balancer.Destination) int, before *dealing) *dealing {
+func (r *renderedPool) deal(f *family, mine []int, word string, base, size int, weight func(*balancer.Destination) int, before *dealing) *dealing {
 	out := &dealing{entries: make([]maglev.Entry, len(mine)), numbers: make([]uint16, len(mine))}
 	for i, d := range mine {
 		dest := &r.pool.Destinations[d]
@@ -766,7 +789,6 @@ func (r *renderedPool) deal(f *family, mine []int, word string, base int, weight
 	if before != nil && slices.Equal(before.entries, out.entries) && slices.Equal(before.numbers, out.numbers) {
 		out = before
 	} else {
-		size := maglev.Size(base, len(mine))
 		out.slots, out.contests = maglev.Rebuild(r.key, base, size, out.entries, contests)
 		out.set = r.slots(f, mine, word, out.slots, size)
 	}
@@ -777,10 +799,12 @@ func (r *renderedPool) deal(f *family, mine []int, word string, base int, weight
 // choose leads from a hash to a target's chain by two maps, from slot to number
 // and from number to chain. Two, because the kernel follows each verdict of a map
 // when it checks a transaction for loops: a thousand slots a group would make
-// every change wait for that; and because a target that fails is one verdict less.
-// From one map to the next the number goes through the mark, since nft 1.0.6 dies
-// of an assertion when it lists a rule that looks up what it has looked up.
-func (r *renderedPool) choose(f *family, slots *Set, seed uint32, verdicts string) Rule {
+// every change wait for that. From one map to the next the number goes through
+// the mark, since nft 1.0.6 dies of an assertion when it lists a rule that looks
+// up what it has looked up.
+//
+// A number that is not in the set usable, if that is named, leads to the next rule.
+func (r *renderedPool) choose(f *family, slots *Set, seed uint32, usable, verdicts string) Rule {
 	return rule(func(b *ruleBuilder) {
 		b.say("ct mark set")
 		b.family(f)
@@ -791,27 +815,50 @@ func (r *renderedPool) choose(f *family, slots *Set, seed uint32, verdicts strin
 		b.loadCT(unix.NFT_CT_MARK, 0)
 		b.bitwise(0, native32(TargetMask), native32(0))
 		b.say("ct mark & 0x%08x", TargetMask)
+		if usable != "" {
+			b.inSet(usable, 0, false)
+			b.say("@%s", usable)
+			// nft prints each match by itself, and so names again what it is about.
+			b.say("ct mark & 0x%08x", TargetMask)
+		}
 		b.vmap(verdicts, 0)
 	})
 }
 
-// addVerdicts adds the map that leads to the targets' chains. One that only keeps
-// its hashes is not in it, so that the next rule draws again, from the spare slots.
+// addVerdicts adds the map that leads to the targets' chains: all of them, whatever
+// their health. For a verdict that comes the kernel checks the whole table for loops,
+// which takes the longer the more targets there are, so that health must not move any.
 func (r *renderedPool) addVerdicts(f *family, mine []int, word string, chain func(uint16, string) string) string {
-	// A map of a fixed size is the fastest there is. It doubles under another
-	// name, since a map cannot change its size.
-	room := 16
-	for room < len(mine) {
-		room *= 2
+	s := r.roomFor(f, mine, word, targetKind)
+	for _, d := range mine {
+		s.Elems = append(s.Elems, Elem{Key: string(native32(markOf(r.numbers[d], 0))), Goto: chain(r.numbers[d], r.pool.Name)})
 	}
-	s := &Set{Name: fmt.Sprintf("%s%s.%s.%d", word, f.name, r.pool.Name, room), kind: targetKind, Size: uint32(room)}
+	r.sets = append(r.sets, s.sort())
+	return s.Name
+}
+
+// addUsable adds the set of the targets that a slot may lead to. One that only keeps
+// its hashes is not in it, so that the next rule draws again, from the spare slots,
+// which are dealt among those that take new flows anyway.
+func (r *renderedPool) addUsable(f *family, mine []int) string {
+	s := r.roomFor(f, mine, "usable", numberKind)
 	for _, d := range mine {
 		if r.pool.Destinations[d].Kept == 0 {
-			s.Elems = append(s.Elems, Elem{Key: string(native32(markOf(r.numbers[d], 0))), Goto: chain(r.numbers[d], r.pool.Name)})
+			s.Elems = append(s.Elems, Elem{Key: string(native32(markOf(r.numbers[d], 0)))})
 		}
 	}
 	r.sets = append(r.sets, s.sort())
 	return s.Name
+}
+
+// roomFor is an empty set or map of target numbers. One of a fixed size is the
+// fastest there is. It doubles under another name, since it cannot change its size.
+func (r *renderedPool) roomFor(f *family, mine []int, word string, k *kind) *Set {
+	room := 16
+	for room < len(mine) {
+		room *= 2
+	}
+	return &Set{Name: fmt.Sprintf("%s%s.%s.%d", word, f.name, r.pool.Name, room), kind: k, Size: uint32(room)}
 }
 
 // slots is a map from slot to target number. Its name has its size in it, since a
@@ -914,9 +961,10 @@ func (r *renderedPool) matchDomain(b *ruleBuilder, f *family, chain string, doma
 // sourceWanted finds the flows that get a source of ours: those whose choice said
 // so, and those from this host under a VIP, which would be a stranger at a target
 // that holds the VIP itself. That the flow began at a VIP is asked last, because
-// most flows never get that far.
+// most flows never get that far; those that are neither end at the first rule.
 func sourceWanted() []Rule {
-	return append(
+	rules := []Rule{rule(func(b *ruleBuilder) { b.fromElsewhere(); b.ctMarkLacks(markSNAT); b.returns() })}
+	return slices.Concat(rules,
 		eachFamily(func(b *ruleBuilder, f *family) {
 			b.ctMarkHas(markSNAT)
 			b.originalDestInSet(f, vipsName(f))
@@ -927,7 +975,7 @@ func sourceWanted() []Rule {
 			b.sourceInSet(f, vipsName(f), false)
 			b.originalDestInSet(f, vipsName(f))
 			b.goTo(chainSource + f.name)
-		})...)
+		}))
 }
 
 // renderSource writes the chains that give a flow a source of ours.

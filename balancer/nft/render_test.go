@@ -2,6 +2,7 @@ package nft
 
 import (
 	"flag"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -116,6 +117,46 @@ func TestRenderRelayed(t *testing.T) {
 	}
 }
 
+// protecting is everything, with SYN proxies and limits: of both families, beside UDP,
+// for some clients only, with groups that have nobody, and on targets of other services.
+func protecting() *balancer.Table {
+	t := everything()
+	t.Services[0].SYNProxy = balancer.SYNProxy{MSS: 1460, WindowScale: 7, Timestamps: true}
+	t.Services[1].SYNProxy = balancer.SYNProxy{MSS: 1440}
+	t.Services[1].SourceLimit = balancer.SourceLimit{Flows: 10, Prefix: 64}
+	t.Services[2].SYNProxy = balancer.SYNProxy{MSS: 536, WindowScale: 14, Timestamps: true}
+	t.Services[2].SourceLimit = balancer.SourceLimit{Flows: 100, Prefix: 24}
+	t.Services[2].Pools = []balancer.WeightedPool{{Pool: "empty", Weight: 1}, {Pool: "hairpin", Weight: 3}}
+	t.Services[3].SourceLimit = balancer.SourceLimit{Flows: 1, Prefix: 32}
+	t.Services[4].SYNProxy = balancer.SYNProxy{MSS: 1460, WindowScale: 7, Timestamps: true}
+	return t
+}
+
+// What protection adds, in full; the rest is as in everything.nft.
+func TestRenderProtected(t *testing.T) {
+	all, plain := renderAfresh(t, protecting()), renderAfresh(t, everything())
+	golden(t, "protected.nft", more(all, plain).String())
+	if diff := cmp.Diff([]string{counterSourceLimit}, missing(all.Objects, plain.Objects)); diff != "" {
+		t.Errorf("counters that are new (-want +got):\n%s", diff)
+	}
+}
+
+// UDP has no handshake, and IPVS takes it before a proxy could.
+func TestNoSYNProxy(t *testing.T) {
+	proxy := balancer.SYNProxy{MSS: 1460, WindowScale: 7, Timestamps: true}
+	for name, edit := range map[string]func(*balancer.Table){
+		"UDP":  func(t *balancer.Table) { t.Services[3].SYNProxy = proxy },
+		"IPVS": func(t *balancer.Table) { t.Dataplane, t.Services[0].SYNProxy = balancer.IPVS, proxy },
+	} {
+		want, table := everything(), everything()
+		edit(table)
+		want.Dataplane = table.Dataplane
+		if steps := diff(renderAfresh(t, want), renderAfresh(t, table)); len(steps) > 0 {
+			t.Errorf("%s: %q", name, (&Plan{steps: steps}).Lines())
+		}
+	}
+}
+
 // What changes when the operator's wish does: each a transaction in nft's words.
 func TestDiff(t *testing.T) {
 	edits := map[string]func(*balancer.Table){
@@ -161,7 +202,7 @@ func TestDiff(t *testing.T) {
 
 // The first target whose flows are ended brings the rules that end them, the last
 // one takes them along, both together with the target's own change. So do the
-// first observed pool and the last with the rules that count.
+// first observed pool and the last with the rules that count, and protected services.
 func TestDiffOfRulesOnDemand(t *testing.T) {
 	active, ending := everything(), everything()
 	for i := range active.Pools {
@@ -177,6 +218,7 @@ func TestDiffOfRulesOnDemand(t *testing.T) {
 		{"terminate", active, ending}, {"terminated", ending, active},
 		{"observe", everything(), observing()}, {"unobserve", observing(), everything()},
 		{"untrack", tracking(), untracking()}, {"track", untracking(), tracking()},
+		{"protect", everything(), protecting()}, {"unprotect", protecting(), everything()},
 	} {
 		n, err := newNumbers().assign(tableKeys(tt.before))
 		if err != nil {
@@ -193,6 +235,54 @@ func failing(p *balancer.Pool, i int) {
 	p.Destinations = slices.Clone(p.Destinations)
 	d := &p.Destinations[i]
 	d.Weight, d.Kept = 0, d.Weight
+}
+
+// A target that fails or returns adds and deletes elements that have no verdict: for
+// one that has, the kernel would check the whole table for loops.
+func TestHealthMovesNoVerdict(t *testing.T) {
+	for name, table := range map[string]func() *balancer.Table{"everything": everything, "relaying": relaying} {
+		healthy := table()
+		n, err := newNumbers().assign(tableKeys(healthy))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, p := range healthy.Pools {
+			if p.AvoidSelf || p.Relays() && p.OnlyRelays(p.Usable(32)) || len(p.Destinations) == 0 {
+				continue // has no Kept, or nobody chooses
+			}
+			failed := table()
+			failing(&failed.Pools[i], 0)
+			var r renderer
+			good, bad := r.render(healthy, n), r.render(failed, n)
+			for verdict, steps := range map[string][]step{"fails": diff(good, bad), "returns": diff(bad, good)} {
+				what := fmt.Sprintf("%s: the first target of %s %s", name, p.Name, verdict)
+				if got, want := touchedUsable(t, what, steps), fmt.Sprintf("usable4.%s.16", p.Name); got != want {
+					t.Errorf("%s: %q changes, not %q", what, got, want)
+				}
+			}
+		}
+	}
+}
+
+// touchedUsable names the one set of usable targets that changes, and complains of
+// steps that the kernel checks the table for.
+func touchedUsable(t *testing.T, what string, steps []step) (usable string) {
+	t.Helper()
+	for _, s := range steps {
+		var set *Set
+		switch s := s.(type) {
+		case addElems:
+			set = s.s
+		case delElems:
+			set = s.s
+		}
+		if set == nil || set.kind.dataType == dataVerdict {
+			t.Errorf("%s: %s", what, clip(s.text(), 100))
+		} else if set.kind == numberKind {
+			usable += set.Name
+		}
+	}
+	return usable
 }
 
 func TestDiffOfSameIsEmpty(t *testing.T) {

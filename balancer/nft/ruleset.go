@@ -131,6 +131,14 @@ func (k *kind) flagText() string {
 	return ""
 }
 
+// timeoutText is a timeout in nft's words.
+func timeoutText(d time.Duration) string {
+	if d%time.Second == 0 {
+		return fmt.Sprintf("%ds", d/time.Second)
+	}
+	return fmt.Sprintf("%dms", d/time.Millisecond)
+}
+
 func (k *kind) isMap() bool { return k.dataType != 0 }
 
 func addrKind(f *family, interval bool) *kind {
@@ -162,7 +170,7 @@ func serviceKind(f *family, verdict bool) *kind {
 var (
 	slotKind   = &kind{name: "type mark : mark", keyType: typeMark, keyLen: 4, dataType: typeMark, dataLen: 4, key: nativeText}
 	targetKind = &kind{name: "type mark : verdict", keyType: typeMark, keyLen: 4, dataType: dataVerdict, key: nativeText}
-	endedKind  = &kind{name: "type mark", keyType: typeMark, keyLen: 4, key: nativeText}
+	numberKind = &kind{name: "type mark", keyType: typeMark, keyLen: 4, key: nativeText}
 	countKind  = &kind{name: "type mark", keyType: typeMark, keyLen: 4, dynamic: true, key: nativeText}
 	flowKind   = &kind{name: "type mark", keyType: typeMark, keyLen: 4, dynamic: true, timeout: 2 * time.Minute, key: nativeText}
 	shareKind  = &kind{name: "type integer : verdict", keyType: typeInteger, keyLen: 4, dataType: dataVerdict, interval: true, key: bigText}
@@ -417,7 +425,7 @@ func (s *Set) write(b *strings.Builder) {
 		fmt.Fprintf(b, "\t\tflags %s\n", f)
 	}
 	if s.kind.timeout != 0 {
-		fmt.Fprintf(b, "\t\ttimeout %ds\n", s.kind.timeout/time.Second)
+		fmt.Fprintf(b, "\t\ttimeout %s\n", timeoutText(s.kind.timeout))
 	}
 	if s.Size != 0 {
 		fmt.Fprintf(b, "\t\tsize %d\n", s.Size)

@@ -42,7 +42,7 @@ func renderUntracked(rs *Ruleset, t *balancer.Table) {
 			}
 			key := serviceKey(netip.AddrPortFrom(svc.Address, svc.Port), balancer.ProtoTCP)
 			services.Elems = append(services.Elems, Elem{Key: key})
-			if rules := screenRules(rs, t, svc, pools); len(rules) > 0 {
+			if rules := screenRules(rs, t, svc, func(name string) bool { return takesRelayed(pools[name]) }); len(rules) > 0 {
 				name := "screen." + svc.Name
 				rs.addChain(&Chain{Name: name, Rules: append(rules, rule(func(b *ruleBuilder) { b.accept() }))})
 				screened.Elems = append(screened.Elems, Elem{Key: key, Goto: name})
@@ -63,12 +63,16 @@ func renderUntracked(rs *Ruleset, t *balancer.Table) {
 		}
 	}
 	rs.addChain(&Chain{Name: chainUntracked, Rules: untrackedRules()})
-	rs.addChain(&Chain{Name: chainUntargeted, Rules: []Rule{rule(func(b *ruleBuilder) { b.dropAs(counterNoTarget) })}})
+	rs.addChain(untargetedChain())
 	raw := func(name string, hook uint32, rules []Rule) {
 		rs.addChain(&Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityRaw}, Rules: rules})
 	}
 	raw(chainArriving, unix.NF_INET_PRE_ROUTING, arrivingRules())
 	raw(chainLeaving, unix.NF_INET_LOCAL_OUT, leavingRules())
+}
+
+func untargetedChain() *Chain {
+	return &Chain{Name: chainUntargeted, Rules: []Rule{rule(func(b *ruleBuilder) { b.dropAs(counterNoTarget) })}}
 }
 
 // arrivingRules find what comes from clients and targets. That a packet from a
@@ -164,9 +168,9 @@ func unknownError(proto uint8, keyword string, first, last uint8) Rule {
 }
 
 // screenRules turn a service's new connections away as its listener's chain would:
-// those it does not allow, and those whose group has no target. A service that
+// those it does not allow, and those whose group takes nobody. A service that
 // takes all has none.
-func screenRules(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, pools map[string]*balancer.Pool) (rules []Rule) {
+func screenRules(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, takes func(pool string) bool) (rules []Rule) {
 	f := familyOf(svc.Address)
 	if !allowsAll(svc.Allow) {
 		rules = append(rules, allowRule(svc, f))
@@ -178,7 +182,7 @@ func screenRules(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, p
 		if w.Weight == 0 {
 			continue
 		}
-		if takesRelayed(pools[w.Pool]) {
+		if takes(w.Pool) {
 			taken = true
 		} else {
 			empty.Elems = append(empty.Elems, Elem{Key: bigKey(total), Goto: chainUntargeted}, Elem{Key: bigKey(total + uint32(w.Weight)), End: true})

@@ -20,6 +20,8 @@ type Packet struct {
 	Source, Destination netip.AddrPort
 	In, Out             string
 	Hook                uint32 // NF_INET_*
+	// Untracked says that conntrack was kept from it, as a SYN proxy does.
+	Untracked bool
 }
 
 // A Finding is a rule, or a policy, that does something to a packet.
@@ -241,7 +243,7 @@ func (e *evaluation) expression(name string, data []byte) {
 	case "payload":
 		e.payload(data)
 	case "ct":
-		e.load(be32(find(data, unix.NFTA_CT_DREG)), ctOfNew(be32(find(data, unix.NFTA_CT_KEY))))
+		e.load(be32(find(data, unix.NFTA_CT_DREG)), e.walk.packet.ct(be32(find(data, unix.NFTA_CT_KEY))))
 	case "bitwise":
 		e.load(be32(find(data, unix.NFTA_BITWISE_DREG)), e.bitwise(data))
 	case "cmp":
@@ -352,12 +354,14 @@ func interfaceName(name string) []byte {
 	return append([]byte(name), make([]byte, unix.IFNAMSIZ-len(name))...)
 }
 
-// ctOfNew is what conntrack says of a flow's first packet.
-func ctOfNew(key uint32) []byte {
-	switch key {
-	case unix.NFT_CT_STATE:
+// ct is what conntrack says of a flow's first packet.
+func (p *Packet) ct(key uint32) []byte {
+	switch {
+	case key == unix.NFT_CT_STATE && p.Untracked:
+		return native32(ctUntracked)
+	case key == unix.NFT_CT_STATE:
 		return native32(ctNew)
-	case unix.NFT_CT_DIRECTION:
+	case key == unix.NFT_CT_DIRECTION && !p.Untracked:
 		return []byte{0}
 	}
 	return nil

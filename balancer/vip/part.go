@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 )
 
 var (
@@ -77,7 +78,7 @@ func (w *Withdrawer) remove(ctx context.Context, k rtnl, links map[string]link, 
 			errs = append(errs, fmt.Errorf("remove %s from %s: %w", a.Prefix, a.Interface, err))
 			continue
 		}
-		w.log.Info("VIP removed", zap.Stringer("address", a.Prefix), zap.String("interface", a.Interface))
+		w.log.Info("VIP removed", events.VIPRemoved.Field(), zap.Stringer("address", a.Prefix), zap.String("interface", a.Interface))
 	}
 	return errors.Join(errs...)
 }
@@ -138,7 +139,7 @@ func (a *Announcer) remember(have []Address, want []balancer.VIP) {
 		}
 		if !a.noted[h] {
 			a.log.Info("VIP is bound by somebody else and left to them",
-				zap.Stringer("address", h.Prefix), zap.String("interface", h.Interface))
+				events.VIPForeign.Field(), zap.Stringer("address", h.Prefix), zap.String("interface", h.Interface))
 		}
 		noted[h] = true
 	}
@@ -198,7 +199,7 @@ func (a *Announcer) add(ctx context.Context, k rtnl, links map[string]link, as [
 			continue
 		}
 		added = append(added, addr)
-		a.log.Info("VIP added", zap.Stringer("address", addr.Prefix), zap.String("interface", addr.Interface))
+		a.log.Info("VIP added", events.VIPAdded.Field(), zap.Stringer("address", addr.Prefix), zap.String("interface", addr.Interface))
 	}
 	return added, failed, errors.Join(errs...)
 }
@@ -227,7 +228,7 @@ func (a *Announcer) announce(links map[string]link, as []Address) {
 	}
 	s, err := newSender()
 	if err != nil {
-		a.log.Warn("VIPs are not announced", zap.Error(err))
+		a.log.Warn("VIPs are not announced", events.VIPNotAnnounced.Field(), zap.Error(err))
 		return
 	}
 	defer s.close()
@@ -237,7 +238,7 @@ func (a *Announcer) announce(links map[string]link, as []Address) {
 			continue
 		}
 		if err := s.announce(l, addr.Prefix.Addr()); err != nil {
-			a.log.Warn("VIP is not announced", zap.Stringer("address", addr.Prefix),
+			a.log.Warn("VIP is not announced", events.VIPNotAnnounced.Field(), zap.Stringer("address", addr.Prefix),
 				zap.String("interface", addr.Interface), zap.Error(err))
 		}
 	}

@@ -11,6 +11,8 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"nlb/balancer/events"
 )
 
 // Watch implements balancer.Watcher: it calls changed when an address that is a
@@ -47,13 +49,13 @@ func (a *Announcer) repeat(ctx context.Context) {
 func (a *Announcer) announceBound(as []Address) {
 	k, err := dial()
 	if err != nil {
-		a.log.Warn("VIPs are not announced", zap.Error(err))
+		a.log.Warn("VIPs are not announced", events.VIPNotAnnounced.Field(), zap.Error(err))
 		return
 	}
 	defer k.close()
 	links, have, err := k.observe()
 	if err != nil {
-		a.log.Warn("VIPs are not announced", zap.Error(err))
+		a.log.Warn("VIPs are not announced", events.VIPNotAnnounced.Field(), zap.Error(err))
 		return
 	}
 	gone := func(addr Address) bool { return !slices.Contains(have, addr) }
@@ -148,7 +150,7 @@ func (a *Announcer) announceAgain(l link) {
 	}
 	have, err := addresses()
 	if err != nil {
-		a.log.Warn("VIPs are not announced", zap.String("interface", l.name), zap.Error(err))
+		a.log.Warn("VIPs are not announced", events.VIPNotAnnounced.Field(), zap.String("interface", l.name), zap.Error(err))
 		return
 	}
 	mine := slices.DeleteFunc(have, func(addr Address) bool { return !addr.Ours || addr.Interface != l.name })

@@ -222,7 +222,7 @@ func (p *plan) deal(f, before *family, old *plan) {
 		f.spare = before.spare
 	} else {
 		spare := maglev.Spare(p.base)
-		f.spare = maglev.Build(p.key, spare, maglev.Size(spare, len(f.takers)), f.takers)
+		f.spare = maglev.Build(p.key, spare, maglev.SpareSize(spare, len(f.takers)), f.takers)
 	}
 }
 

@@ -46,4 +46,9 @@
 // The worker becomes another user, nobody, as soon as it listens: no groups, no
 // capabilities, and no way to get any (PR_SET_NO_NEW_PRIVS). All it needs comes
 // from the controller.
+//
+// A controller that isn't root can't give a worker less than it has itself, so it
+// starts none: a service has to, as the same user (WorkerOptions.Stay). On SIGHUP
+// such a worker starts its successor, which tells systemd that it is the service's
+// main process now.
 package worker

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 )
 
 // ManagerOptions of New.
@@ -24,7 +25,8 @@ type ManagerOptions struct {
 	// Socket is the path of the worker's control socket.
 	Socket string
 	// Program and Args start a worker: the path of nlb, and what follows its
-	// name, which must name Socket.
+	// name, which must name Socket. Without a Program workers are somebody else's
+	// to start and to replace, such as a service's.
 	Program string
 	Args    func() []string
 	// Output is where the worker's standard output and error go; nil is our
@@ -164,11 +166,11 @@ func (m *Manager) settle(t *balancer.Table, opened []netip.AddrPort) {
 	for a := range m.sockets {
 		if !wanted[a] {
 			m.forget([]netip.AddrPort{a})
-			m.o.Log.Info("relay listens no more", zap.Stringer("address", a))
+			m.o.Log.Info("relay listens no more", events.RelayListensNoMore.Field(), zap.Stringer("address", a))
 		}
 	}
 	for _, a := range opened {
-		m.o.Log.Info("relay listens", zap.Stringer("address", a))
+		m.o.Log.Info("relay listens", events.RelayListens.Field(), zap.Stringer("address", a))
 	}
 	m.table = t
 	m.tell()
@@ -266,6 +268,9 @@ const (
 // start starts a worker and waits until one answers: that one, if it is to take
 // over from another.
 func (m *Manager) start(ctx context.Context, takeOver bool) (Hello, error) {
+	if m.o.Program == "" {
+		return m.awaitOther(ctx)
+	}
 	cmd := exec.Command(m.o.Program, m.o.Args()...)
 	cmd.Stdout, cmd.Stderr = m.o.Output, m.o.Output
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // our terminal is not its
@@ -281,7 +286,7 @@ func (m *Manager) start(ctx context.Context, takeOver bool) (Hello, error) {
 		hello, err := sayHello(ctx, m.o.Socket)
 		ours := err == nil && hello.PID == cmd.Process.Pid
 		if ours {
-			m.o.Log.Info("relay worker started", zap.Int("pid", hello.PID), zap.Duration("took", time.Since(begun)))
+			m.o.Log.Info("relay worker started", events.RelayStarted.Field(), zap.Int("pid", hello.PID), zap.Duration("took", time.Since(begun)))
 		}
 		if ours || err == nil && !takeOver {
 			return hello, nil
@@ -300,6 +305,33 @@ func (m *Manager) start(ctx context.Context, takeOver bool) (Hello, error) {
 	}
 	_ = cmd.Process.Kill()
 	return Hello{}, fmt.Errorf("start the relay worker: pid %d did not answer within %s and was killed", cmd.Process.Pid, startWithin)
+}
+
+const (
+	// otherWithin is many times what a service's manager takes to start one that
+	// died. Passes of the loop wait as long.
+	otherWithin = 2 * time.Second
+	otherPoll   = 10 * time.Millisecond
+)
+
+// awaitOther waits until a worker answers that somebody else starts.
+func (m *Manager) awaitOther(ctx context.Context) (Hello, error) {
+	enough := time.After(otherWithin)
+	poll := time.NewTicker(otherPoll)
+	defer poll.Stop()
+	for {
+		hello, err := sayHello(ctx, m.o.Socket)
+		if err == nil {
+			return hello, nil
+		}
+		select {
+		case <-ctx.Done():
+			return Hello{}, fmt.Errorf("wait for a relay worker: %w", ctx.Err())
+		case <-enough:
+			return Hello{}, fmt.Errorf("no relay worker answers, and only root starts one itself (systemctl start nlb-relay): %w", err)
+		case <-poll.C:
+		}
+	}
 }
 
 func reason(err error) string {

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"nlb/balancer/events"
 )
 
 const (
@@ -36,7 +38,7 @@ func (m *Manager) Run(ctx context.Context) error {
 		case errors.Is(err, ErrNotRunning):
 			s.revive(ctx)
 		case ctx.Err() == nil:
-			m.o.Log.Error("relay worker does not answer", zap.Error(err))
+			m.o.Log.Error("relay worker does not answer", events.RelaySilent.Field(), zap.Error(err))
 			m.await(ctx, lastPause)
 		}
 	}
@@ -105,9 +107,9 @@ func (s *supervisor) attend(ctx context.Context, life link, hello Hello) {
 	switch {
 	case s.pid == hello.PID:
 	case s.pid == 0:
-		s.o.Log.Info("relay worker is attended", zap.Int("pid", hello.PID), zap.String("version", hello.Version))
+		s.o.Log.Info("relay worker is attended", events.RelayAttended.Field(), zap.Int("pid", hello.PID), zap.String("version", hello.Version))
 	default:
-		s.o.Log.Info("relay worker is attended", zap.Int("pid", hello.PID), zap.String("version", hello.Version),
+		s.o.Log.Info("relay worker is attended", events.RelayAttended.Field(), zap.Int("pid", hello.PID), zap.String("version", hello.Version),
 			zap.Int("after", s.pid))
 	}
 	if s.pid != hello.PID {
@@ -126,15 +128,19 @@ func (s *supervisor) attend(ctx context.Context, life link, hello Hello) {
 // which serves as well as it did.
 func (s *supervisor) replace(ctx context.Context, old Hello) {
 	log := s.o.Log.With(zap.Int("pid", old.PID), zap.String("version", old.Version), zap.String("wanted", s.o.Version))
-	log.Info("relay worker is of another version: a new one takes over")
+	if s.o.Program == "" {
+		log.Warn("relay worker is of another version, and its service's to replace: systemctl reload nlb-relay", events.RelayUpgradeFailed.Field())
+		return
+	}
+	log.Info("relay worker is of another version: a new one takes over", events.RelayUpgradeBegan.Field())
 	now, err := s.Upgrade(ctx)
 	switch {
 	case err != nil && ctx.Err() == nil:
-		log.Error("relay worker of another version stays: no new one takes over", zap.Error(err))
+		log.Error("relay worker of another version stays: no new one takes over", events.RelayUpgradeFailed.Field(), zap.Error(err))
 	case err == nil && now.Version != s.o.Version:
 		s.tried[now.Version] = true
 		log.Error("the program on disk is of another version than the daemon: restart the daemon, or put the program back",
-			zap.String("program", s.o.Program), zap.String("on_disk", now.Version))
+			events.RelayProgramDiffers.Field(), zap.String("program", s.o.Program), zap.String("on_disk", now.Version))
 	}
 }
 
@@ -144,7 +150,7 @@ func (s *supervisor) revive(ctx context.Context) {
 		s.failures = 0
 	}
 	pause := pauseAfter(s.failures)
-	s.o.Log.Warn("relay worker is gone: another one is started", zap.Int("pid", s.pid), zap.Duration("after", pause))
+	s.o.Log.Warn("relay worker is gone: another one is started", events.RelayGone.Field(), zap.Int("pid", s.pid), zap.Duration("after", pause))
 	s.failures++
 	s.pid = 0
 	select {
@@ -158,7 +164,7 @@ func (s *supervisor) revive(ctx context.Context) {
 		return
 	}
 	if err := s.give(ctx, s.table); err != nil && ctx.Err() == nil {
-		s.o.Log.Error("relay worker cannot be started", zap.Error(err))
+		s.o.Log.Error("relay worker cannot be started", events.RelayStartFailed.Field(), zap.Error(err))
 	}
 }
 

@@ -40,8 +40,12 @@ type WorkerOptions struct {
 	// MaxConnections is how many connections there may be; 0 means as many as
 	// RLIMIT_NOFILE has room for.
 	MaxConnections int
-	Version        string
-	Log            *zap.Logger
+	// Stay makes the worker a service of its own: it does not end for want of
+	// something to do, tells systemd about itself (sd_notify(3)), and SIGHUP makes
+	// it start the program on disk anew, which takes over.
+	Stay    bool
+	Version string
+	Log     *zap.Logger
 }
 
 // An engine is what a worker needs of a relay.Relay, whose comments apply.
@@ -79,6 +83,9 @@ func Run(ctx context.Context, o WorkerOptions) error {
 	}
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	if o.Stay {
+		signal.Notify(signals, unix.SIGHUP)
+	}
 	defer signal.Stop(signals)
 	// Whoever read our messages may be gone, as a controller that was killed is.
 	signal.Ignore(unix.SIGPIPE)
@@ -147,7 +154,11 @@ func (w *worker) run(ctx context.Context, signals <-chan os.Signal, id identity)
 	w.Log.Info("relay worker serves", zap.String("version", w.Version), zap.Int("pid", os.Getpid()),
 		zap.Int("uid", os.Geteuid()), zap.Int("services", w.services), zap.String("socket", w.Socket))
 	tasks.Go(func() { w.serve(ctx, &tasks) })
-	tasks.Go(func() { w.watchIdle(ctx) })
+	if w.Stay {
+		w.announce()
+	} else {
+		tasks.Go(func() { w.watchIdle(ctx) })
+	}
 	told := false
 	for {
 		select {
@@ -159,6 +170,10 @@ func (w *worker) run(ctx context.Context, signals <-chan os.Signal, id identity)
 			w.Log.Info("relay worker has retired: its last connection is gone")
 			return nil
 		case s := <-signals:
+			if s == unix.SIGHUP {
+				w.startSuccessor()
+				continue
+			}
 			if s == unix.SIGINT || told {
 				w.Log.Warn("relay worker ends at once", zap.Stringer("signal", s))
 				return nil
