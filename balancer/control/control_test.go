@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -21,7 +22,9 @@ import (
 	"go.uber.org/zap/zaptest"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 	"nlb/balancer/explain"
+	"nlb/balancer/ready"
 )
 
 // As this user the test binary asks a socket instead of running tests; see
@@ -82,6 +85,12 @@ func (d *fakeDaemon) Undrain(_ context.Context, t TargetName) error { return d.a
 func (d *fakeDaemon) asked(what string, t TargetName) error {
 	d.changes = append(d.changes, fmt.Sprintf("%s %s %s %d", what, t.Group, t.Address, t.Port))
 	return d.refuse
+}
+
+func (d *fakeDaemon) Events() *events.Ring { return events.NewRing(1, time.Now()) }
+
+func (d *fakeDaemon) Health() http.Handler {
+	return ready.Handler(ready.Checks{{Name: "loop", Fault: func() error { return d.refuse }}}, nil)
 }
 
 func (d *fakeDaemon) Reload(context.Context) error {
@@ -159,6 +168,12 @@ func TestAskAndAnswer(t *testing.T) {
 	}
 	if info.Mode().Perm() != Mode {
 		t.Errorf("mode %v", info.Mode())
+	}
+	for _, p := range []string{ready.LivePath, ready.ReadyPath} {
+		resp, err := c.send(t.Context(), http.MethodGet, p, nil)
+		if err == nil || err.Error() != "503 Service Unavailable" {
+			t.Errorf("%s of one that fails: %v, %v", p, resp, err)
+		}
 	}
 	stop()
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
@@ -363,4 +378,25 @@ func webStatus() *Status {
 		},
 		Totals: map[string]uint64{"hairpins": 7},
 	}, nil)
+}
+
+// What a plan needs to know of numbers comes across.
+func TestNumbersComeAcross(t *testing.T) {
+	status := webStatus()
+	if got := status.Numbers(); len(got) != 0 {
+		t.Errorf("nobody has one: %v", got)
+	}
+	want := map[balancer.TargetKey]uint16{
+		{Group: "web", AddrPort: mustAddrPort("10.0.1.11:8080")}: 3,
+		{Group: "web", AddrPort: mustAddrPort("10.0.1.13:8080")}: 65,
+	}
+	status.SetNumbers(want)
+	path, _ := serve(t, &fakeDaemon{status: status})
+	got, err := NewClient(path).Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got.Numbers()); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
 }

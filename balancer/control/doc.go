@@ -4,6 +4,9 @@
 //	GET  /v1/status   what the daemon does; whoever may connect may ask
 //	GET  /v1/explain  what would become of a flow; whoever may connect may ask
 //	GET  /v1/flows    live flows, one JSON object a line; likewise
+//	GET  /v1/events   what happened, one JSON object a line; likewise
+//	GET  /livez       whether the daemon is alive, and
+//	GET  /readyz      whether it does its work; see balancer/ready; likewise
 //	POST /v1/reload   read the file again; root and the daemon's own user only
 //
 // Who may connect is the socket's mode, 0660. Who may change something is
@@ -20,6 +23,7 @@ const (
 	statusPath  = "/v1/status"
 	explainPath = "/v1/explain"
 	flowsPath   = "/v1/flows"
+	eventsPath  = "/v1/events"
 	reloadPath  = "/v1/reload"
 	drainPath   = "/v1/drain"
 	undrainPath = "/v1/undrain"

@@ -14,7 +14,9 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"nlb/balancer/events"
 	"nlb/balancer/explain"
+	"nlb/balancer/ready"
 )
 
 // A Daemon is what the socket is the door of. Its methods are called by many
@@ -26,6 +28,10 @@ type Daemon interface {
 	// Flows shows all live flows, in no order, until show fails. The Flow is only
 	// there for that long.
 	Flows(ctx context.Context, show func(*Flow) error) error
+	// Events has what happened; see onEvents.
+	Events() *events.Ring
+	// Health answers /livez and /readyz.
+	Health() http.Handler
 	// Reload returns when the new configuration is in force, or the reason why
 	// the former one still is.
 	Reload(ctx context.Context) error
@@ -86,6 +92,9 @@ func handler(d Daemon) http.Handler {
 	})
 	mux.HandleFunc("GET "+explainPath, onQuestion(d))
 	mux.HandleFunc("GET "+flowsPath, onFlows(d))
+	mux.HandleFunc("GET "+eventsPath, onEvents(d.Events()))
+	mux.Handle("GET "+ready.LivePath, d.Health())
+	mux.Handle("GET "+ready.ReadyPath, d.Health())
 	mux.Handle("POST "+reloadPath, changing(func(w http.ResponseWriter, r *http.Request) {
 		report(w, d.Reload(r.Context()))
 	}))

@@ -13,11 +13,28 @@ import (
 type Status struct {
 	Dataplane    string        `json:"dataplane"`
 	Apply        Apply         `json:"apply"`
+	Reload       Reload        `json:"reload"`
 	Listeners    []Listener    `json:"listeners"`
 	TargetGroups []TargetGroup `json:"target_groups"`
 	// Totals counts what happened to new flows that no target got, and other
 	// events, by the names of the dataplane's counters; see its README.
 	Totals map[string]uint64 `json:"totals"`
+	// Conntrack says how full the table of flows is; absent where that cannot be read.
+	Conntrack *Conntrack `json:"conntrack,omitempty"`
+}
+
+// Conntrack is the usage of the kernel's table of flows, everybody's included.
+type Conntrack struct {
+	Count uint64 `json:"count"`
+	Max   uint64 `json:"max"`
+	// Alarm is on from when 80 % are in use until fewer than 70 % are.
+	Alarm bool `json:"alarm"`
+	// Totals since the network namespace's beginning: packets of new flows that found no
+	// room, unanswered flows that made room for others, and first packets whose addresses
+	// and ports are another flow's, as of an SNAT without a free port.
+	DropsTotal          uint64 `json:"drops_total"`
+	EarlyDropsTotal     uint64 `json:"early_drops_total"`
+	InsertFailuresTotal uint64 `json:"insert_failures_total"`
 }
 
 // Counts are what a dataplane counted.
@@ -50,6 +67,21 @@ type Apply struct {
 	// CountersError is why flows and bytes of some or all targets are null; empty
 	// when none are.
 	CountersError string `json:"counters_error,omitempty"`
+}
+
+// Reload says what came of reloads.
+type Reload struct {
+	// LastAttemptAt is when the last one began; absent: there was none.
+	LastAttemptAt time.Time `json:"last_attempt_at,omitzero"`
+	// Success says that it put the file's configuration in force, or that there was
+	// none. Error is why it did not; else empty.
+	Success bool   `json:"success"`
+	Error   string `json:"error"`
+	// LastSuccessAt is when one last succeeded; absent: none has.
+	LastSuccessAt time.Time `json:"last_success_at,omitzero"`
+	// Totals since the daemon's start.
+	AttemptsTotal uint64 `json:"attempts_total"`
+	FailuresTotal uint64 `json:"failures_total"`
 }
 
 // Latency counts durations since the daemon's start.
@@ -113,6 +145,9 @@ type DeregistrationDelay struct {
 type Target struct {
 	Address netip.Addr `json:"address"`
 	Port    uint16     `json:"port"`
+	// Number is in the conntrack marks of the target's flows and in the names of its
+	// chains; absent where it has none.
+	Number uint16 `json:"number,omitempty"`
 	// ClientIP is the target's own; absent if it is the group's.
 	ClientIP balancer.ClientIP `json:"client_ip,omitzero"`
 	// Weight is the configured one, EffectiveWeight the one new flows see.
@@ -169,6 +204,7 @@ func NewStatus(s *balancer.Snapshot, counted Counts, uncounted error) *Status {
 			Latency:           latency(s.Latency),
 			CountersError:     errorText(uncounted),
 		},
+		Reload:       Reload{Success: true},
 		Listeners:    []Listener{},
 		TargetGroups: []TargetGroup{},
 		Totals:       map[string]uint64{},
@@ -240,6 +276,31 @@ func utc(t time.Time) time.Time {
 		return t
 	}
 	return t.UTC().Truncate(time.Second)
+}
+
+// SetNumbers fills in the numbers of targets.
+func (s *Status) SetNumbers(numbers map[balancer.TargetKey]uint16) {
+	s.eachTarget(func(k balancer.TargetKey, t *Target) { t.Number = numbers[k] })
+}
+
+// Numbers are those of the targets that have one.
+func (s *Status) Numbers() map[balancer.TargetKey]uint16 {
+	numbers := make(map[balancer.TargetKey]uint16)
+	s.eachTarget(func(k balancer.TargetKey, t *Target) {
+		if t.Number > 0 {
+			numbers[k] = t.Number
+		}
+	})
+	return numbers
+}
+
+func (s *Status) eachTarget(f func(balancer.TargetKey, *Target)) {
+	for _, g := range s.TargetGroups {
+		for i := range g.Targets {
+			t := &g.Targets[i]
+			f(balancer.TargetKey{Group: g.Name, AddrPort: t.AddrPort()}, t)
+		}
+	}
 }
 
 // Seen tells back what the daemon knows of its targets, for another run of the

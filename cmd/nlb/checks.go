@@ -3,11 +3,14 @@ package main
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/balancer/metrics"
 	"nlb/healthcheck"
 )
 
@@ -17,6 +20,8 @@ type checks struct {
 	scheduler *healthcheck.Scheduler
 	report    func(map[balancer.TargetKey]balancer.Health)
 	spec      atomic.Pointer[balancer.Spec]
+	probes    *metrics.Probes
+	groups    atomic.Pointer[map[healthcheck.Key][]string] // whom each check is for; never modified
 
 	// mu keeps reports in order: what is read later is reported later.
 	mu      sync.Mutex
@@ -25,18 +30,23 @@ type checks struct {
 
 // newChecks reports to report. Instead names a source where the kernel's is a VIP.
 func newChecks(report func(map[balancer.TargetKey]balancer.Health), instead func(netip.Addr) netip.Addr) *checks {
-	c := &checks{report: report}
+	c := &checks{report: report, probes: metrics.NewProbes()}
 	c.spec.Store(new(balancer.Spec))
+	c.groups.Store(new(map[healthcheck.Key][]string))
 	c.scheduler = healthcheck.New(healthcheck.Options{
 		Mark:      balancer.ProbeMark,
 		Forbidden: func(a netip.Addr) bool { return c.spec.Load().HasVIP(a) },
 		Instead:   instead,
 		OnChange:  c.changed,
+		OnResult:  c.count,
 	})
 	return c
 }
 
 func (c *checks) run(ctx context.Context) error { return c.scheduler.Run(ctx) }
+
+// overdue is how late the latest result of a probe is; see healthcheck.Scheduler.
+func (c *checks) overdue() time.Duration { return c.scheduler.Overdue() }
 
 // set probes the targets of spec from now on. What is known of its checks is
 // reported, because a target that joins one learns of no change.
@@ -46,12 +56,53 @@ func (c *checks) set(spec *balancer.Spec) {
 	c.spec.Store(spec)
 	list, targets := checksOf(spec)
 	c.targets = targets
+	was, groups := *c.groups.Load(), groupsOf(targets)
+	c.groups.Store(&groups)
 	c.scheduler.Set(list)
+	c.forget(was, groups)
 	found := make(map[balancer.TargetKey]balancer.Health)
 	for key, status := range c.scheduler.Snapshot() {
 		c.collect(found, key, status)
 	}
 	c.report(found)
+}
+
+// count adds a probe to the metrics of the groups that it is for.
+func (c *checks) count(key healthcheck.Key, r healthcheck.Result) {
+	for _, group := range (*c.groups.Load())[key] {
+		c.probes.Observe(group, r)
+	}
+}
+
+// forget drops the metrics of groups that are not probed any more.
+func (c *checks) forget(was, is map[healthcheck.Key][]string) {
+	gone := make(map[string]bool)
+	for _, groups := range was {
+		for _, g := range groups {
+			gone[g] = true
+		}
+	}
+	for _, groups := range is {
+		for _, g := range groups {
+			delete(gone, g)
+		}
+	}
+	for g := range gone {
+		c.probes.Forget(g)
+	}
+}
+
+// groupsOf has the groups of each check, each once.
+func groupsOf(targets map[healthcheck.Key][]balancer.TargetKey) map[healthcheck.Key][]string {
+	groups := make(map[healthcheck.Key][]string, len(targets))
+	for key, list := range targets {
+		for _, t := range list {
+			if !slices.Contains(groups[key], t.Group) {
+				groups[key] = append(groups[key], t.Group)
+			}
+		}
+	}
+	return groups
 }
 
 // changed does not trust the transitions' own statuses, which set may have

@@ -2,16 +2,21 @@ package main
 
 import (
 	"context"
+	"errors"
+	"net/http/httptest"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/balancer/metrics"
 	"nlb/healthcheck"
 )
 
@@ -179,6 +184,58 @@ func TestGroupsShareAProbeAndItsVerdict(t *testing.T) {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// A probe that groups share counts in each of them, until the group is gone.
+func TestProbesCountForTheirGroups(t *testing.T) {
+	c := newChecks(func(map[balancer.TargetKey]balancer.Health) {}, nil)
+	failures := func() (found []string) {
+		collector := metrics.NewCollector("", func(context.Context) metrics.Reading { return metrics.Reading{} }, c.probes)
+		answer := httptest.NewRecorder()
+		metrics.NewHandler(collector, zap.NewNop()).ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
+		for line := range strings.Lines(answer.Body.String()) {
+			if rest, ok := strings.CutPrefix(line, "nlb_health_check_failures_total"); ok {
+				found = append(found, strings.TrimSpace(rest))
+			}
+		}
+		return found
+	}
+	probe := func() {
+		for key := range *c.groups.Load() {
+			c.count(key, healthcheck.Result{Kind: healthcheck.Refused})
+		}
+	}
+	c.set(probeSpec("blue", "green"))
+	probe()
+	want := []string{`{reason="refused",target_group="blue"} 1`, `{reason="refused",target_group="green"} 1`}
+	if diff := cmp.Diff(want, failures()); diff != "" {
+		t.Errorf("two groups: %s", diff)
+	}
+	c.set(probeSpec("green"))
+	probe()
+	if diff := cmp.Diff([]string{`{reason="refused",target_group="green"} 2`}, failures()); diff != "" {
+		t.Errorf("one is gone: %s", diff)
+	}
+}
+
+// A reload that fails is told, and when the last one succeeded is kept.
+func TestReloadsAreNoted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		loaded := time.Now()
+		r := reloadRecord{loaded: loaded}
+		if got := r.reading(); !got.OK || !got.Succeeded.Equal(loaded) {
+			t.Errorf("before any reload: %+v, want the time %v", got, loaded)
+		}
+		time.Sleep(time.Minute)
+		r.note(time.Now(), errors.New("a bad file"))
+		if got := r.reading(); got.OK || !got.Succeeded.Equal(loaded) {
+			t.Errorf("after a failure: %+v, want the time %v", got, loaded)
+		}
+		r.note(time.Now(), nil)
+		if got := r.reading(); !got.OK || !got.Succeeded.Equal(time.Now()) {
+			t.Errorf("after a success: %+v", got)
 		}
 	})
 }

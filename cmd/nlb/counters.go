@@ -85,7 +85,7 @@ func (t tally) kernelCounts(ctx context.Context) (control.Counts, error) {
 			continue // flows of a target that has left
 		}
 		counted := out.Targets[target]
-		counted.ActiveFlows, counted.Bytes = c.Active, c.Bytes
+		counted.ActiveFlows, counted.Bytes, counted.Packets, counted.Resets = c.Active, c.Bytes, c.Packets, c.Resets
 		out.Targets[target] = counted
 	}
 	return out, nil

@@ -42,7 +42,7 @@ func (k fakeKernel) Outcomes(context.Context) (map[balancer.TargetKey]balancer.O
 func (fakeKernel) TargetOf(m nft.Mark) (balancer.TargetKey, bool) { return inKernel, m.Target() == 1 }
 
 func (fakeKernel) Counts(context.Context) (map[uint32]conntrack.Counts, error) {
-	return map[uint32]conntrack.Counts{1 << 14: {Active: 2, Bytes: 900}, 2 << 14: {Active: 1}}, nil
+	return map[uint32]conntrack.Counts{1 << 14: {Active: 2, Bytes: 900, Packets: 9, Resets: 1}, 2 << 14: {Active: 1}}, nil
 }
 
 // A fakeRelay fails, or is stopped and never answers.
@@ -65,7 +65,7 @@ func (r fakeRelay) Stats(ctx context.Context) (worker.Stats, error) {
 // Whatever becomes of the relay's process, what the kernel counted is there, and soon.
 func TestCountsDoNotDependOnTheRelay(t *testing.T) {
 	gone := errors.New("no buffer space available")
-	web := balancer.Counters{ActiveFlows: 2, NewFlows: 7, Bytes: 900}
+	web := balancer.Counters{ActiveFlows: 2, NewFlows: 7, Bytes: 900, Packets: 9, Resets: 1}
 	for _, c := range []struct {
 		name   string
 		kernel fakeKernel

@@ -3,14 +3,19 @@ package main
 import (
 	"context"
 	"errors"
+	"net/http"
 	"sync"
+	"time"
 
-	sd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/balancer/events"
+	"nlb/balancer/metrics"
+	"nlb/balancer/ready"
+	"nlb/balancer/web"
 	"nlb/config"
 )
 
@@ -23,9 +28,15 @@ type daemon struct {
 	reconciler *balancer.Reconciler
 	checks     *checks
 	kernel     *kernel
+	gauge      *gauge
+	http       *web.Server
+
+	events *events.Ring
+	health http.Handler // of /livez and /readyz
 
 	reloading sync.Mutex      // one reload at a time
 	settings  config.Settings // reloading
+	reloads   reloadRecord
 }
 
 var _ control.Daemon = (*daemon)(nil)
@@ -42,16 +53,51 @@ func (d *daemon) Status(ctx context.Context) (*control.Status, error) {
 		uncountRelayed(status)
 	}
 	d.checks.describe(status)
+	status.SetNumbers(d.kernel.nft.Numbers())
+	status.Reload = d.reloads.status()
+	d.gauge.describe(ctx, status)
 	return status, nil
 }
 
-// Reload implements control.Daemon. What was begun is finished even if ctx
-// ends: health checks and routing must not follow different files.
+// Events implements control.Daemon.
+func (d *daemon) Events() *events.Ring { return d.events }
+
+// Health implements control.Daemon.
+func (d *daemon) Health() http.Handler { return d.health }
+
+// checkHealth makes the handler of /livez and /readyz, and returns what has to be so
+// for a daemon that is alive.
+func (d *daemon) checkHealth() (alive ready.Checks) {
+	alive = ready.Checks{
+		ready.Loop(d.reconciler.Turned, ready.AliveWithin),
+		ready.Probes("scheduler", d.checks.overdue, ready.AliveWithin),
+	}
+	d.health = ready.Handler(alive, ready.Checks{
+		ready.Kernel(d.reconciler.Snapshot, ready.FreshWithin),
+		ready.Probes("probes", d.checks.overdue, ready.ProbedWithin),
+	})
+	return alive
+}
+
+// Reload implements control.Daemon. What came of it is logged, whoever asked.
 func (d *daemon) Reload(ctx context.Context) error {
 	d.reloading.Lock()
 	defer d.reloading.Unlock()
+	begun := time.Now()
 	tellReloading(d.log)
-	defer tell(d.log, sd.SdNotifyReady)
+	defer tellReloaded(d.log, d.reconciler)
+	err := d.reload(ctx)
+	d.reloads.note(begun, err)
+	if err != nil {
+		d.log.Error("reload failed, the former configuration stays in force", events.ConfigReloadFailed.Field(), zap.Error(err))
+	}
+	return err
+}
+
+// reload needs reloading. It finds all that it can find wrong before it touches
+// anything. What was begun is finished even if ctx ends: health checks and routing
+// must not follow different files.
+func (d *daemon) reload(ctx context.Context) error {
 	cfg, err := config.Load(d.path, d.flags)
 	if err != nil {
 		return err
@@ -70,6 +116,53 @@ func (d *daemon) Reload(ctx context.Context) error {
 	d.checks.set(cfg.Spec)
 	d.adopt(cfg.Settings)
 	return nil
+}
+
+// A reloadRecord remembers what came of reloads. It has a lock of its own: a status
+// does not wait for a reload.
+type reloadRecord struct {
+	loaded               time.Time // when the file was first
+	mu                   sync.Mutex
+	attempted, succeeded time.Time // mu
+	err                  error     // mu; of the last one
+	attempts, failures   uint64    // mu
+}
+
+// note takes in a reload that began at a time and is over.
+func (r *reloadRecord) note(begun time.Time, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.attempted, r.err = begun, err
+	r.attempts++
+	if err != nil {
+		r.failures++
+		return
+	}
+	r.succeeded = time.Now()
+}
+
+func (r *reloadRecord) status() control.Reload {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := control.Reload{
+		LastAttemptAt: r.attempted.UTC(), LastSuccessAt: r.succeeded.UTC(), Success: r.err == nil,
+		AttemptsTotal: r.attempts, FailuresTotal: r.failures,
+	}
+	if r.err != nil {
+		s.Error = r.err.Error()
+	}
+	return s
+}
+
+// reading counts the first load as a success, too.
+func (r *reloadRecord) reading() metrics.Reload {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := metrics.Reload{OK: r.err == nil, Succeeded: r.loaded}
+	if r.succeeded.After(r.loaded) {
+		out.Succeeded = r.succeeded
+	}
+	return out
 }
 
 // Drain implements control.Daemon.
@@ -96,7 +189,7 @@ func (d *daemon) adopt(s config.Settings) {
 	} {
 		if c.was != c.is {
 			d.log.Warn("setting changes with a restart only",
-				zap.String("setting", c.name), zap.String("in_force", c.was), zap.String("in_file", c.is))
+				events.ConfigNeedsRestart.Field(), zap.String("setting", c.name), zap.String("in_force", c.was), zap.String("in_file", c.is))
 		}
 	}
 }

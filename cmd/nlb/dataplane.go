@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 )
 
 // dataplaneNotes say what becomes of flows when the dataplane changes, and what
@@ -91,6 +92,6 @@ func printDataplaneNotes(w io.Writer, inForce, wanted *balancer.Spec) error {
 
 func logDataplaneNotes(log *zap.Logger, inForce, wanted *balancer.Spec) {
 	for _, note := range dataplaneNotes(inForce, wanted) {
-		log.Warn(note)
+		log.Warn(note, events.ConfigNote.Field())
 	}
 }

@@ -226,6 +226,12 @@ func outcomeRows(o *explain.Outcome) (rows [][]string) {
 	if o.Listener != "" {
 		row("allow list", map[bool]string{true: "lets the client in", false: "does not have the client"}[o.Reason != explain.ReasonNotAllowed])
 	}
+	if o.SYNProxy {
+		row("syn proxy", "a client from outside returns a cookie first")
+	}
+	if o.Limit != nil {
+		row("source limit", fmt.Sprintf("%d flows at a time of %s; those that there are were not counted", o.Limit.Flows, o.Limit.Client))
+	}
 	row("target group", o.TargetGroup)
 	if o.Target != nil {
 		row("target", o.Target.AddrPort().String())

@@ -36,6 +36,11 @@ func meetForeign(ctx context.Context, dataplane balancer.Dataplane, q explain.Qu
 	if local {
 		first.Hook = unix.NF_INET_LOCAL_OUT
 	}
+	if a.SYNProxy && !local {
+		if first, err = w.prove(first); err != nil {
+			return nil, err
+		}
+	}
 	w.meet(first, nft.BeforeDNAT, true)
 	w.sure = a.DependsOn == ""
 	switch {
@@ -75,6 +80,25 @@ func (w *foreignWay) meet(p nft.Packet, span nft.Span, nat bool) {
 		w.found = append(w.found, explain.Foreign{Where: f.Where, Does: f.Does, Ends: f.Ends(), Certain: certain})
 		w.ended = w.ended || certain && f.Ends()
 	}
+}
+
+// prove is the way of a client's handshake to the SYN proxy, and returns the SYN that the
+// kernel then makes as the first packet of the flow.
+func (w *foreignWay) prove(p nft.Packet) (nft.Packet, error) {
+	made := p
+	made.Hook = unix.NF_INET_LOCAL_OUT
+	bound, err := hasAddress(p.Destination.Addr())
+	if err != nil {
+		return made, err
+	}
+	p.Untracked = true
+	w.meet(p, nft.AllOfHook, false)
+	p.Hook = unix.NF_INET_FORWARD
+	if bound {
+		p.Hook = unix.NF_INET_LOCAL_IN
+	}
+	w.meet(p, nft.AllOfHook, false)
+	return made, nil
 }
 
 // forward is the way of a packet that gets another destination. Chains of type nat are

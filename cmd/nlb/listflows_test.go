@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"net/http"
 	"net/netip"
 	"path/filepath"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"nlb/balancer"
 	"nlb/balancer/conntrack"
 	"nlb/balancer/control"
+	"nlb/balancer/events"
 	"nlb/proxyproto/worker"
 )
 
@@ -33,6 +35,10 @@ func (l listing) Flows(_ context.Context, show func(*control.Flow) error) error 
 	}
 	return nil
 }
+
+func (l listing) Events() *events.Ring { return nil }
+
+func (l listing) Health() http.Handler { return http.NotFoundHandler() }
 
 // lister is a client of a daemon with those flows.
 func lister(t *testing.T, flows []control.Flow) *control.Client {

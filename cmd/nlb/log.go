@@ -16,9 +16,7 @@ func newLogger(s config.LogSettings, w io.Writer) (*zap.Logger, zap.AtomicLevel,
 	if err != nil {
 		return nil, level, fmt.Errorf("log.level: %w", err)
 	}
-	ec := zap.NewProductionEncoderConfig()
-	ec.EncodeTime = zapcore.RFC3339NanoTimeEncoder
-	ec.EncodeDuration = zapcore.StringDurationEncoder
+	ec := logEncoding()
 	encoder := zapcore.NewJSONEncoder(ec)
 	if s.Format == "console" {
 		ec.EncodeLevel = zapcore.CapitalLevelEncoder
@@ -26,4 +24,12 @@ func newLogger(s config.LogSettings, w io.Writer) (*zap.Logger, zap.AtomicLevel,
 	}
 	core := zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), level)
 	return zap.New(core), level, nil
+}
+
+// logEncoding is how values look in the log, and in events.
+func logEncoding() zapcore.EncoderConfig {
+	ec := zap.NewProductionEncoderConfig()
+	ec.EncodeTime = zapcore.RFC3339NanoTimeEncoder
+	ec.EncodeDuration = zapcore.StringDurationEncoder
+	return ec
 }

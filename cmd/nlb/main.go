@@ -89,8 +89,8 @@ doctor: 1 if a finding is an error.`,
 		},
 	}
 	root.AddCommand(
-		newServe(), newValidate(), newPlan(), newReload(), newStatus(), newDrain(), newUndrain(), newFlows(), newExplain(),
-		newVerify(), newDoctor(), newLab(), newRelay(), newSchema(), newClear(), newVersion(),
+		newServe(), newValidate(), newPlan(), newReload(), newStatus(), newTop(), newEvents(), newDrain(), newUndrain(), newFlows(), newExplain(),
+		newVerify(), newDoctor(), newLab(), newRelay(), newSchema(), newClear(), newVersion(), newMan(),
 	)
 	return root
 }

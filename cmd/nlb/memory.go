@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 )
 
 const healthFile = "health.json"
@@ -63,7 +64,7 @@ func recallHealth(dir string, log *zap.Logger) (balancer.HealthView, balancer.Ho
 	}
 	if err != nil {
 		log.Warn("what was known of the targets' health cannot be read, they begin anew",
-			zap.String("file", path), zap.Error(err))
+			events.StateCannotBeRead.Field(), zap.String("file", path), zap.Error(err))
 		return nil, nil
 	}
 	health, holds := make(balancer.HealthView, len(list)), make(balancer.Holds)
@@ -105,7 +106,7 @@ func rememberHealth(ctx context.Context, dir string, snapshot func() *balancer.S
 			early += rememberRest
 		}
 		if err != nil && !failing {
-			log.Error("the targets' health cannot be written down, a restart will have forgotten it", zap.Error(err))
+			log.Error("the targets' health cannot be written down, a restart will have forgotten it", events.StateCannotBeKept.Field(), zap.Error(err))
 		}
 		if failing = err != nil; !failing {
 			seen, written = s, content

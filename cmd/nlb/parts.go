@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"slices"
 
 	"go.uber.org/zap"
 
@@ -78,10 +79,22 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 // supports says what the kernel lacks of what a Spec needs.
 func (k *kernel) supports(spec *balancer.Spec) error {
 	if spec.Dataplane == balancer.IPVS {
-		return k.ipvs.Probe()
+		return errors.Join(k.ipvs.Probe(), k.protects(spec))
 	}
 	if spec.Flowtable {
-		return errors.Join(k.nft.ProbeFastPath(), keepsEstablished(establishedKey))
+		return errors.Join(k.nft.ProbeFastPath(), keepsEstablished(establishedKey), k.protects(spec))
 	}
-	return nil
+	return k.protects(spec)
+}
+
+// protects says what the kernel lacks to protect the listeners.
+func (k *kernel) protects(spec *balancer.Spec) error {
+	var errs []error
+	if slices.ContainsFunc(spec.Listeners, func(l balancer.Listener) bool { return l.SYNProxy.On() }) {
+		errs = append(errs, k.nft.ProbeSYNProxy())
+	}
+	if slices.ContainsFunc(spec.Listeners, func(l balancer.Listener) bool { return l.SourceLimit.On() }) {
+		errs = append(errs, k.nft.ProbeSourceLimit())
+	}
+	return errors.Join(errs...)
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -86,7 +85,14 @@ func plan(ctx context.Context, cfg *config.Config, socket string) (changes []bal
 	if err := k.supports(cfg.Spec); err != nil {
 		return nil, seen, nil, err
 	}
-	seen, inForce, err = look(ctx, cfg, control.NewClient(socket), k.router)
+	status, err := ask(ctx, control.NewClient(socket))
+	if err != nil {
+		return nil, seen, nil, err
+	}
+	if status != nil {
+		k.nft.Know(status.Numbers())
+	}
+	seen, inForce, err = lookAfter(ctx, cfg, status, k.router)
 	if err != nil {
 		return nil, seen, nil, err
 	}
@@ -105,9 +111,7 @@ func plan(ctx context.Context, cfg *config.Config, socket string) (changes []bal
 // printOverrides says where the plan differs from the file, because a target was
 // drained at run time.
 func printOverrides(w io.Writer, drains balancer.Drains) error {
-	keys := slices.SortedFunc(maps.Keys(drains), func(a, b balancer.TargetKey) int {
-		return cmp.Or(cmp.Compare(a.Group, b.Group), a.AddrPort.Compare(b.AddrPort))
-	})
+	keys := slices.SortedFunc(maps.Keys(drains), balancer.TargetKey.Compare)
 	for _, k := range keys {
 		d := drains[k]
 		if d.Removed {
@@ -122,21 +126,36 @@ func printOverrides(w io.Writer, drains balancer.Drains) error {
 	return nil
 }
 
+// ask is the status of the daemon, nil where none runs.
+func ask(ctx context.Context, client *control.Client) (*control.Status, error) {
+	status, err := client.Status(ctx)
+	if errors.Is(err, control.ErrNotRunning) {
+		return nil, nil
+	}
+	return status, err
+}
+
 // look sees what the daemon would see.
 func look(ctx context.Context, cfg *config.Config, client *control.Client, router balancer.Router) (seen balancer.View, inForce *balancer.Spec, err error) {
+	status, err := ask(ctx, client)
+	if err != nil {
+		return seen, nil, err
+	}
+	return lookAfter(ctx, cfg, status, router)
+}
+
+// lookAfter sees what the daemon of that status would see, or one that starts, if the
+// status is nil.
+func lookAfter(ctx context.Context, cfg *config.Config, status *control.Status, router balancer.Router) (seen balancer.View, inForce *balancer.Spec, err error) {
 	drainsAfter := balancer.Drains.Follow
-	status, err := client.Status(ctx)
-	switch {
-	case err == nil:
+	if status != nil {
 		seen, inForce = status.Seen()
-	case errors.Is(err, control.ErrNotRunning):
+	} else {
 		seen.Health, seen.Holds = recallHealth(cfg.StateDir, zap.NewNop())
 		if inForce = recallRegistered(cfg.StateDir, zap.NewNop()); inForce != nil {
 			inForce.Dataplane = cfg.Spec.Dataplane // what it was, only the kernel knows
 		}
 		drainsAfter = balancer.Drains.Restart
-	default:
-		return seen, inForce, err
 	}
 	seen.Now = time.Now()
 	drains, err := balancer.LoadDrains(cfg.StateDir)

@@ -4,6 +4,7 @@ import (
 	"go.uber.org/zap"
 
 	"nlb/balancer"
+	"nlb/balancer/events"
 )
 
 // recallRegistered reads what was registered when a daemon last ran, nil if
@@ -12,7 +13,7 @@ import (
 func recallRegistered(dir string, log *zap.Logger) *balancer.Spec {
 	spec, err := balancer.LoadRegistered(dir)
 	if err != nil {
-		log.Warn("what was registered cannot be read, targets that left meanwhile are not drained", zap.Error(err))
+		log.Warn("what was registered cannot be read, targets that left meanwhile are not drained", events.StateCannotBeRead.Field(), zap.Error(err))
 	}
 	return spec
 }

@@ -34,6 +34,10 @@ when serve is gone. It gives up root once its socket is open.
 Started while another one runs, it takes over that one's listening sockets without a
 pause, and lets it finish its connections: that is how to upgrade it.
 
+With --stay it is a service of its own, such as nlb-relay.service: it does not end for
+want of something to do, and SIGHUP makes it start the program on disk anew, which takes
+over as above.
+
 SIGTERM stops it from accepting and lets its connections finish, up to --retire-after; a
 second one, or SIGINT, ends it at once.`,
 		Args: cobra.NoArgs,
@@ -51,16 +55,21 @@ second one, or SIGINT, ends it at once.`,
 	f.DurationVar(&o.RetireAfter, "retire-after", worker.DefaultRetireAfter, "how long connections may go on when it retires")
 	f.StringVar(&o.User, "user", worker.DefaultUser, "whom to become when started by root; empty: nobody else")
 	f.IntVar(&o.MaxConnections, "max-connections", 0, "how many connections to hold; 0: as many as open files allow")
+	f.BoolVar(&o.Stay, "stay", false, "stay without anything to do, and start a successor on SIGHUP: for a service of its own")
 	f.StringVar(&log.Level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&log.Format, "log-format", "console", "console or json")
 	return cmd
 }
 
-// newRelayManager returns the daemon's side of the relay.
+// newRelayManager returns the daemon's side of the relay. Only root can start one
+// that has fewer privileges than itself: for others a service must.
 func newRelayManager(daemonSocket string, settings config.LogSettings, log *zap.Logger) (*worker.Manager, error) {
-	program, err := os.Executable()
-	if err != nil {
-		return nil, fmt.Errorf("start a relay: %w", err)
+	program := ""
+	if os.Geteuid() == 0 {
+		var err error
+		if program, err = os.Executable(); err != nil {
+			return nil, fmt.Errorf("start a relay: %w", err)
+		}
 	}
 	socket := relaySocket(daemonSocket)
 	return worker.New(worker.ManagerOptions{

@@ -7,14 +7,19 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"golang.org/x/sync/errgroup"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/balancer/events"
+	"nlb/balancer/ready"
+	"nlb/balancer/web"
 	"nlb/config"
 )
 
@@ -45,6 +50,10 @@ forwarding; nlb clear ends that too.`,
 
 // serve runs the daemon until ctx ends.
 func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string, stderr io.Writer) (err error) {
+	// From the start: it would kill a daemon that begins.
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
 	cfg, err := config.Load(path, flags)
 	if err != nil {
 		return err
@@ -53,6 +62,8 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	if err != nil {
 		return err
 	}
+	ring := events.NewRing(events.DefaultSize, time.Now())
+	log = log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core { return zapcore.NewTee(c, ring.Core(logEncoding())) }))
 	held, err := control.Acquire(stateLock(cfg.StateDir))
 	if err != nil {
 		return err
@@ -75,7 +86,7 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 		return err
 	}
 	if cfg.Dataplane == "auto" {
-		log.Info("dataplane nftables was chosen: it does all that a file can ask for", zap.NamedError("ipvs", k.ipvs.Probe()))
+		log.Info("dataplane nftables was chosen: it does all that a file can ask for", events.DataplaneWasChosen.Field(), zap.NamedError("ipvs", k.ipvs.Probe()))
 	}
 	logDataplaneNotes(log, nil, cfg.Spec)
 	door, err := control.Listen(ctx, socket)
@@ -93,20 +104,36 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	d := &daemon{
 		path: path, flags: flags, log: log, level: level, settings: cfg.Settings,
 		reconciler: reconciler, checks: newChecks(reconciler.SetHealth, reconciler.SourceFor), kernel: k,
+		events: ring, reloads: reloadRecord{loaded: time.Now()},
+		gauge: newGauge(k.flows.flows.Usage, log.Named("conntrack")),
 	}
+	alive := d.checkHealth()
 	d.checks.set(cfg.Spec)
-	log.Info("nlb starts", zap.String("version", version()), zap.String("config", path), zap.String("socket", socket))
-	err = d.run(ctx, door)
-	log.Info("nlb stops, the kernel goes on forwarding")
+	d.http = web.NewServer(cfg.Metrics.Address, newMux(d), log.Named("http"))
+	log.Info("nlb starts", events.DaemonStarted.Field(), zap.String("version", version()), zap.String("config", path), zap.String("socket", socket))
+	ctx, stop := announceStop(ctx, log)
+	defer stop()
+	err = d.run(ctx, door, hangups, alive)
+	log.Info("nlb stops, the kernel goes on forwarding", events.DaemonStopped.Field())
 	return err
 }
 
-// run joins all that runs: the first to fail ends the others.
-func (d *daemon) run(ctx context.Context, door *control.Socket) error {
-	hangups := make(chan os.Signal, 1)
-	signal.Notify(hangups, syscall.SIGHUP)
-	defer signal.Stop(hangups)
+// announceStop returns a context that ends once ctx has and that was said: who follows
+// the events hears of it.
+func announceStop(ctx context.Context, log *zap.Logger) (inner context.Context, stop func()) {
+	inner, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	forget := context.AfterFunc(ctx, func() {
+		log.Info("nlb is asked to stop", events.DaemonStopping.Field())
+		cancel()
+	})
+	return inner, func() {
+		forget()
+		cancel()
+	}
+}
 
+// run joins all that runs: the first to fail ends the others.
+func (d *daemon) run(ctx context.Context, door *control.Socket, hangups <-chan os.Signal, alive ready.Checks) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.reconciler.Run(ctx) })
 	g.Go(func() error {
@@ -119,12 +146,14 @@ func (d *daemon) run(ctx context.Context, door *control.Socket) error {
 	})
 	g.Go(func() error { return d.kernel.relay.Run(ctx) })
 	g.Go(func() error { return d.kernel.flows.flows.Run(ctx) })
+	g.Go(func() error { return d.gauge.Run(ctx) })
 	g.Go(func() error { return balancer.NewSweeper(d.reconciler, d.kernel.flows, d.log).Run(ctx) })
 	g.Go(func() error { return balancer.NewIdleKeeper(d.reconciler, d.kernel.flows, d.log).Run(ctx) })
 	g.Go(func() error { return balancer.NewObserver(d.reconciler, d.kernel.tally, d.log).Run(ctx) })
 	g.Go(func() error { return rememberHealth(ctx, d.settings.StateDir, d.reconciler.Snapshot, d.log) })
-	g.Go(func() error { return supervise(ctx, d.reconciler, d.log) })
+	g.Go(func() error { return supervise(ctx, d.reconciler, alive.Err, d.log) })
 	g.Go(func() error { return d.reloadOn(ctx, hangups) })
+	g.Go(func() error { return d.http.Run(ctx) })
 	g.Go(func() error {
 		// Those who ask earlier wait: there is nothing to say before the first pass.
 		d.attempted(ctx)
@@ -149,9 +178,7 @@ func (d *daemon) reloadOn(ctx context.Context, hangups <-chan os.Signal) error {
 		case <-ctx.Done():
 			return nil
 		case <-hangups:
-			if err := d.Reload(ctx); err != nil {
-				d.log.Error("reload failed, the former configuration stays in force", zap.Error(err))
-			}
+			_ = d.Reload(ctx) // it has logged what came of it
 		}
 	}
 }

@@ -44,6 +44,9 @@ func renderApply(b *bytes.Buffer, s *control.Status, now time.Time) {
 	if s.Apply.CountersError != "" {
 		fmt.Fprintf(b, "COUNTERS: %s\n", s.Apply.CountersError)
 	}
+	if c := s.Conntrack; c != nil && c.Alarm {
+		fmt.Fprintf(b, "CONNTRACK NEARLY FULL: %d of %d flows, %d dropped so far\n", c.Count, c.Max, c.DropsTotal)
+	}
 }
 
 func renderListeners(b *bytes.Buffer, listeners []control.Listener) {

@@ -91,6 +91,25 @@ func TestRenderTrouble(t *testing.T) {
 	}
 }
 
+func TestRenderConntrack(t *testing.T) {
+	for _, c := range []struct {
+		conntrack *control.Conntrack
+		want      string
+	}{
+		{nil, ""},
+		{&control.Conntrack{Count: 70, Max: 100, DropsTotal: 5}, ""},
+		{&control.Conntrack{Count: 90, Max: 100, DropsTotal: 5, Alarm: true}, "CONNTRACK NEARLY FULL: 90 of 100 flows, 5 dropped so far\n"},
+	} {
+		var got, plain bytes.Buffer
+		now := time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
+		renderApply(&got, &control.Status{Conntrack: c.conntrack}, now)
+		renderApply(&plain, &control.Status{}, now)
+		if diff := cmp.Diff(plain.String()+c.want, got.String()); diff != "" {
+			t.Errorf("%+v (-want +got):\n%s", c.conntrack, diff)
+		}
+	}
+}
+
 func TestPrintPlans(t *testing.T) {
 	plans := []balancer.PartPlan{
 		{Part: "VIP withdrawal", Plan: lines{"ip addr del 198.51.100.11/32 dev lo"}},
