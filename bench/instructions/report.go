@@ -4,9 +4,10 @@ import (
 	"fmt"
 	"io"
 	"runtime/debug"
-	"slices"
 
+	"nlb/bench/counting"
 	"nlb/bench/measure"
+	"nlb/bench/part"
 )
 
 // A report is the outcome; its JSON form is stable, but for more fields.
@@ -38,23 +39,22 @@ type wayReport struct {
 	Beyond  *measure.Summary `json:"beyond,omitempty"`
 }
 
-func newReport(boots []boot) *report {
+func newReport(boots []counting.Counts) *report {
 	r := &report{Boots: len(boots)}
-	for m, metric := range metrics {
-		mr := metricReport{Name: metric.name}
-		direct := column(boots, m, router)
-		for w, by := range ways {
-			counts := column(boots, m, w)
+	for m, name := range counting.Metrics() {
+		mr := metricReport{Name: name}
+		direct := column(boots, m, part.Direct)
+		for _, by := range counting.Ways {
+			counts := column(boots, m, by.Name)
 			wr := wayReport{
-				Name:         by.name,
+				Name:         by.Name,
 				Instructions: measure.Summarize(counts),
 				Added:        measure.Compare(counts, direct, more),
 				Ratio:        measure.Compare(counts, direct, measure.Ratio),
 			}
-			if by.against != "" {
-				least := slices.IndexFunc(ways, func(w way) bool { return w.name == by.against })
-				wr.Against = by.against
-				wr.Beyond = new(measure.Compare(counts, column(boots, m, least), more))
+			if by.Against != "" {
+				wr.Against = by.Against
+				wr.Beyond = new(measure.Compare(counts, column(boots, m, by.Against), more))
 			}
 			mr.Ways = append(mr.Ways, wr)
 		}
@@ -67,7 +67,7 @@ func newReport(boots []boot) *report {
 func more(a, b float64) float64 { return a - b }
 
 // column is what each boot says of a way.
-func column(boots []boot, metric, way int) []float64 {
+func column(boots []counting.Counts, metric int, way string) []float64 {
 	values := make([]float64, len(boots))
 	for i, b := range boots {
 		values[i] = b[metric][way]
@@ -114,9 +114,9 @@ func (r *report) Table(w io.Writer) error {
 
 func (m *metricReport) rows() [][]string {
 	rows := [][]string{{"", "instructions", "±", "added", "±", "ratio", "±", "beyond the minimum"}}
-	for i, way := range m.Ways {
+	for _, way := range m.Ways {
 		row := []string{"  " + way.Name, fmt.Sprintf("%.0f", way.Instructions.Median), half(way.Instructions, 0), "", "", "", "", ""}
-		if i > router {
+		if way.Name != part.Direct && way.Name != counting.Here {
 			row[3], row[4] = fmt.Sprintf("%+.0f", way.Added.Median), half(way.Added, 0)
 			row[5], row[6] = fmt.Sprintf("%.3f", way.Ratio.Median), half(way.Ratio, 3)
 		}

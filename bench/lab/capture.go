@@ -93,7 +93,12 @@ func (p Packet) From() netip.AddrPort { return netip.AddrPortFrom(p.Src, p.SrcPo
 func (p Packet) To() netip.AddrPort { return netip.AddrPortFrom(p.Dst, p.DstPort) }
 
 // A Capture records the packets of a node until it is closed.
-type Capture struct{ opened }
+type Capture struct {
+	opened
+
+	mu      sync.Mutex
+	fetched []Packet // guarded by mu; those that the agent has handed over
+}
 
 // captureLimit bounds what an agent remembers of a capture, in packets. Later
 // ones are counted as missed.
@@ -115,7 +120,7 @@ func (a *Agent) startCapture(ctx context.Context, o captureArgs) (*Capture, erro
 	if err != nil {
 		return nil, err
 	}
-	return &Capture{opened{a, id}}, nil
+	return &Capture{opened: opened{a, id}}, nil
 }
 
 type captureArgs struct {
@@ -126,11 +131,17 @@ type captureArgs struct {
 // Packets returns the packets recorded so far that keep holds for (nil: all). It
 // fails if some were missed, as nobody could tell anything from the rest.
 func (c *Capture) Packets(ctx context.Context, keep func(Packet) bool) ([]Packet, error) {
-	packets, err := c.since(ctx, 0)
-	if err != nil || keep == nil {
-		return packets, err
+	packets, err := c.fetch(ctx)
+	if err != nil {
+		return nil, err
 	}
-	return slices.DeleteFunc(packets, func(p Packet) bool { return !keep(p) }), nil
+	var kept []Packet
+	for _, p := range packets {
+		if keep == nil || keep(p) {
+			kept = append(kept, p)
+		}
+	}
+	return kept, nil
 }
 
 // Wait returns the first recorded packet that match holds for, as soon as there
@@ -139,14 +150,14 @@ func (c *Capture) Wait(ctx context.Context, match func(Packet) bool) (Packet, er
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for seen := 0; ; {
-		packets, err := c.since(ctx, seen)
+		packets, err := c.fetch(ctx)
 		if err != nil {
 			return Packet{}, err
 		}
-		if i := slices.IndexFunc(packets, match); i >= 0 {
-			return packets[i], nil
+		if i := slices.IndexFunc(packets[seen:], match); i >= 0 {
+			return packets[seen+i], nil
 		}
-		seen += len(packets)
+		seen = len(packets)
 		select {
 		case <-ctx.Done():
 			return Packet{}, fmt.Errorf("lab: none of %d packets: %w", seen, ctx.Err())
@@ -155,10 +166,18 @@ func (c *Capture) Wait(ctx context.Context, match func(Packet) bool) (Packet, er
 	}
 }
 
-func (c *Capture) since(ctx context.Context, from int) ([]Packet, error) {
+// fetch returns all packets so far. It asks the agent for those alone that are
+// new: a test that looks ten times at a busy link would else spend its time on
+// the same ones.
+func (c *Capture) fetch(ctx context.Context) ([]Packet, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	var packets []Packet
-	_, err := c.agent.ask(ctx, "packets", handle{ID: c.id, From: from}, &packets)
-	return packets, err
+	if _, err := c.agent.ask(ctx, "packets", handle{ID: c.id, From: len(c.fetched)}, &packets); err != nil {
+		return nil, err
+	}
+	c.fetched = append(c.fetched, packets...)
+	return slices.Clip(c.fetched), nil
 }
 
 // A recording is the agent's side of a Capture.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -29,49 +30,46 @@ type Load struct {
 	// one and the start or the present.
 	Gap     time.Duration `json:"gap"`
 	Elapsed time.Duration `json:"elapsed"`
+	// Failures are those of the Tally, the first ones if there are many.
+	Failures []Failure `json:"failures,omitempty"`
 }
 
+// A Failure is an exchange that went wrong, and when. All nodes have one clock.
+type Failure struct {
+	Began time.Time `json:"began"`
+	Ended time.Time `json:"ended"`
+	Err   string    `json:"err"` // Timeout, Refused …
+	// Who is the target that answered last on the same flow; empty if none did.
+	Who string `json:"who,omitempty"`
+}
+
+// mostFailures bounds what is remembered of each single failure: an outage that
+// lasts is told by its first ones.
+const mostFailures = 5000
+
 // Churning is a Churn that goes on until it is closed.
-type Churning struct{ opened }
+type Churning = Going[Load]
 
 // Churn starts making calls. With a source port, each worker has its own, from
 // that one on.
 func (a *Agent) Churn(ctx context.Context, c Churn) (*Churning, error) {
-	id, err := a.ask(ctx, "churn", c, nil)
+	g, err := begin[Load](ctx, a, "churn", c)
 	if err != nil {
 		return nil, err
 	}
-	return &Churning{opened{a, id}}, nil
+	return &g, nil
 }
-
-// Load returns the counts up to now. The calls go on.
-func (c *Churning) Load(ctx context.Context) (Load, error) {
-	var l Load
-	_, err := c.agent.ask(ctx, "load", handle{ID: c.id}, &l)
-	return l, err
-}
-
-// Stop ends the calls, waits for the last ones and returns all counts.
-func (c *Churning) Stop(ctx context.Context) (Load, error) {
-	var l Load
-	_, err := c.agent.ask(ctx, "load", handle{ID: c.id, From: stopChurn}, &l)
-	return l, errors.Join(err, c.Close())
-}
-
-// stopChurn in a handle asks for the load after the end.
-const stopChurn = -1
 
 // churning is the state of a Churn.
 type churning struct {
 	Churn
-	stop context.CancelFunc
-	wg   sync.WaitGroup
+	workers
 
 	mu      sync.Mutex
 	load    Load      // guarded by mu
 	begin   time.Time // guarded by mu
 	success time.Time // guarded by mu; the last one, or the beginning
-	end     time.Time // guarded by mu; zero while it goes on
+	ended   time.Time // guarded by mu; zero while it goes on
 }
 
 func (s *server) churn(_ context.Context, id uint64, c Churn) (none, error) {
@@ -86,15 +84,7 @@ func (s *server) churn(_ context.Context, id uint64, c Churn) (none, error) {
 	}
 	now := time.Now()
 	run := &churning{Churn: c, begin: now, success: now}
-	ctx, cancel := context.WithCancel(context.Background())
-	run.stop = cancel
-	for i := range c.Parallel {
-		one := c.Call
-		if c.SrcPort != 0 {
-			one.SrcPort += uint16(i)
-		}
-		run.wg.Go(func() { run.work(ctx, one) })
-	}
+	run.start(c.Parallel, c.Call, run.work)
 	s.keep(id, run)
 	return none{}, nil
 }
@@ -114,11 +104,12 @@ func (c *churning) work(ctx context.Context, call Call) {
 	}
 	who := ""
 	for ctx.Err() == nil {
+		begun := time.Now()
 		r := once()
 		if ctx.Err() != nil && r.Err != "" {
 			return // it was interrupted
 		}
-		c.count(r, who != "" && r.Err == "" && r.Who != who)
+		c.count(r, begun, who)
 		if r.Err == "" {
 			who = r.Who
 		}
@@ -129,35 +120,39 @@ func (c *churning) work(ctx context.Context, call Call) {
 	}
 }
 
-func (c *churning) count(r Reply, moved bool) {
+// count notes what came of a call that began then. Who answered the same worker
+// before, if anybody did.
+func (c *churning) count(r Reply, begun time.Time, who string) {
+	now := time.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.load.add(r)
-	if moved {
+	if r.Err != "" {
+		if !c.Keep {
+			who = "" // that was another flow
+		}
+		c.load.Failures = note(c.load.Failures, Failure{begun, now, r.Err, who})
+		return
+	}
+	if who != "" && r.Who != who {
 		c.load.Moves++
 	}
-	if r.Err == "" {
-		now := time.Now()
-		c.load.Gap = max(c.load.Gap, now.Sub(c.success))
-		c.success = now
-	}
+	c.load.Gap = max(c.load.Gap, now.Sub(c.success))
+	c.success = now
 }
 
-func (s *server) load(_ context.Context, _ uint64, h handle) (Load, error) {
-	c, err := kept[*churning](s, h.ID)
-	if err != nil {
-		return Load{}, err
+// note appends a failure if there is room.
+func note(list []Failure, f Failure) []Failure {
+	if len(list) == mostFailures {
+		return list
 	}
-	if h.From == stopChurn {
-		_ = c.Close()
-	}
-	return c.report(), nil
+	return append(list, f)
 }
 
-func (c *churning) report() Load {
+func (c *churning) counts() any {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	until := c.end
+	until := c.ended
 	if until.IsZero() {
 		until = time.Now()
 	}
@@ -165,17 +160,17 @@ func (c *churning) report() Load {
 	l.Gap = max(l.Gap, until.Sub(c.success))
 	l.Elapsed = until.Sub(c.begin)
 	l.Tally = l.clone()
+	l.Failures = slices.Clone(l.Failures) // the answer is on its way without the lock
 	return l
 }
 
 // Close ends the calls and waits for the last ones.
 func (c *churning) Close() error {
-	c.stop()
-	c.wg.Wait()
+	c.end()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.end.IsZero() {
-		c.end = time.Now()
+	if c.ended.IsZero() {
+		c.ended = time.Now()
 	}
 	return nil
 }

@@ -82,10 +82,7 @@ func (s *server) hold(ctx context.Context, id uint64, c Call) ([]Reply, error) {
 	}
 	h := &held{Call: c, flows: make([]*flow, c.N), last: make([]Reply, c.N)}
 	inParallel(c.Parallel, c.N, func(i int) {
-		one := c
-		if c.SrcPort != 0 {
-			one.SrcPort += uint16(i)
-		}
+		one := c.nth(i)
 		f, err := one.dial(ctx)
 		if err != nil {
 			h.last[i] = Reply{Err: failure(err)}

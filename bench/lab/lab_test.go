@@ -170,6 +170,27 @@ func TestLinksComputeTheirChecksums(t *testing.T) {
 	}
 }
 
+// TestOwn reaches a target by an address that no interface has.
+func TestOwn(t *testing.T) {
+	top := made(t, Routed, Options{Targets: 1})
+	client, target := top.Clients[0], top.Targets[0]
+	prefix, one := netip.MustParsePrefix("10.1.0.0/16"), netip.MustParseAddrPort("10.1.2.3:8080")
+	if err := errors.Join(target.Own(prefix), top.LB.Route(prefix, target.Addr4, target.Name)); err != nil {
+		t.Fatal(err)
+	}
+	target.serve(t, Serve{Ports: []uint16{8080}})
+	got, err := client.Agent().Call(soon(t), Call{Network: "tcp", Dst: one, Timeout: 5 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got) != 1 || got[0].Who != target.Name || got[0].Local != one {
+		t.Errorf("%+v", got)
+	}
+	if err := target.Own(prefix); err == nil || !strings.Contains(err.Error(), "t1: ip route add local 10.1.0.0/16 dev lo: ") {
+		t.Errorf("a second time: %v", err)
+	}
+}
+
 func TestDrawing(t *testing.T) {
 	top := made(t, MultiHomed, Options{Targets: 1})
 	got := strings.ReplaceAll(top.String(), top.Prefix, "nlb-1-abc-")

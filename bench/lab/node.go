@@ -273,6 +273,22 @@ func (n *Node) Route(dst netip.Prefix, via netip.Addr, iface string) error {
 	return nil
 }
 
+// Own makes every address of a prefix the node's own (ip route add local). It
+// answers to them and may use them, but nobody hears of them: the neighbours need
+// a route.
+func (n *Node) Own(p netip.Prefix) error {
+	err := n.netlink("lo", func(h *netlink.Handle, l netlink.Link) error {
+		return h.RouteAdd(&netlink.Route{
+			Dst: ipNet(p), LinkIndex: l.Attrs().Index,
+			Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST,
+		})
+	})
+	if err != nil {
+		return n.fail(fmt.Sprintf("ip route add local %s dev lo", p), err)
+	}
+	return nil
+}
+
 // Unaddress takes an address off an interface of the node, the opposite of
 // Address. What the node is known by stays.
 func (n *Node) Unaddress(iface string, p netip.Prefix) error {

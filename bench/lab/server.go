@@ -53,6 +53,7 @@ var operations = map[string]operation{
 	"check":   op((*server).check),
 	"churn":   op((*server).churn),
 	"load":    op((*server).load),
+	"stream":  op((*server).stream),
 	"scan":    op((*server).scan),
 	"capture": op((*server).capture),
 	"packets": op((*server).packets),

@@ -36,6 +36,11 @@ func NewBatch(n, size int) *Batch {
 // Message is where the bytes of message i are.
 func (b *Batch) Message(i int) []byte { return b.data[i*b.size : (i+1)*b.size] }
 
+// First is the first n messages of the batch, as a batch of their own.
+func (b *Batch) First(n int) *Batch {
+	return &Batch{b.hdrs[:n], b.iovs[:n], b.data[:n*b.size], b.size}
+}
+
 // Send sends the batch on a socket and returns how many messages went; 0, if
 // there is no room for any. RawSyscall: the call does not sleep, and the
 // scheduler need not hear of it.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -24,11 +25,23 @@ type Forwarding struct {
 	Untracked bool // relay.conntrack: false
 	Listeners int  // from Port upwards
 	Flowtable bool
+	// Targets are where they go; in a Site, its own if there are none here.
+	Targets []netip.Addr
 }
 
-// Config is nlb's configuration in this network. Health is found once, at the
-// start.
+// Config is nlb's configuration in this network.
 func (s *Site) Config(f Forwarding) string {
+	if len(f.Targets) == 0 {
+		for _, t := range s.Targets {
+			f.Targets = append(f.Targets, t.Addr4)
+		}
+	}
+	return f.Config(s.LB.Addr4)
+}
+
+// Config is nlb's configuration, for a balancer with that address. Health is found
+// once, at the start.
+func (f Forwarding) Config(source netip.Addr) string {
 	var b strings.Builder
 	if f.Dataplane != "" {
 		fmt.Fprintf(&b, "dataplane: %s\n", f.Dataplane)
@@ -38,7 +51,7 @@ func (s *Site) Config(f Forwarding) string {
 		b.WriteString("relay: {conntrack: false}\n")
 	}
 	protocol := cmp.Or(f.Protocol, "TCP_UDP")
-	fmt.Fprintf(&b, "source_addresses: [%s]\n", s.LB.Addr4)
+	fmt.Fprintf(&b, "source_addresses: [%s]\n", source)
 	fmt.Fprintf(&b, "vips: [{address: %s, interface: lo}]\n", lab.VIP4)
 	b.WriteString("metrics: {address: \"\"}\nlisteners:\n")
 	for i := range f.Listeners {
@@ -46,8 +59,8 @@ func (s *Site) Config(f Forwarding) string {
 	}
 	fmt.Fprintf(&b, "target_groups:\n  - name: bench\n    protocol: %s\n    port: %d\n    client_ip: %s\n", protocol, Port, f.ClientIP)
 	fmt.Fprintf(&b, "    health_check: {port: %d, interval: 300s}\n    targets:\n", ProbePort)
-	for _, t := range s.Targets {
-		fmt.Fprintf(&b, "      - {address: %s}\n", t.Addr4)
+	for _, t := range f.Targets {
+		fmt.Fprintf(&b, "      - {address: %s}\n", t)
 	}
 	return b.String()
 }

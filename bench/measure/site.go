@@ -35,6 +35,22 @@ func (s *Site) Build(o lab.Options) (err error) {
 	return err
 }
 
+// ManyConnections prepares the nodes for many short connections, as one does:
+// whoever closes first keeps the port for a minute, and may use it again after a
+// second (ip-sysctl, tcp_tw_reuse).
+func (s *Site) ManyConnections() error {
+	for _, n := range s.Nodes() {
+		err := errors.Join(
+			n.Sysctl("net.ipv4.ip_local_port_range", "1024 65535"),
+			n.Sysctl("net.ipv4.tcp_tw_reuse", "1"),
+		)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Close removes the network and all in it, complete or not.
 func (s *Site) Close() error {
 	var errs []error

@@ -15,6 +15,10 @@ import (
 // thread has taken it over.
 const patience = 2 * time.Second
 
+// backlog is the kernel's own limit (net.core.somaxconn). Nobody accepts the probes
+// of a run, of which there may be a thousand.
+const backlog = 4096
+
 // errLate is a packet that did not arrive within patience.
 var errLate = errors.New("no packet arrived")
 
@@ -49,7 +53,7 @@ func (s *Sockets) open(kind int, at netip.Addr, port int) (fd int, err error) {
 	}
 	s.opened = append(s.opened, fd)
 	if kind == unix.SOCK_STREAM {
-		err = os.NewSyscallError("listen", unix.Listen(fd, 128))
+		err = os.NewSyscallError("listen", unix.Listen(fd, backlog))
 	}
 	return fd, err
 }

@@ -4,6 +4,7 @@ import (
 	stdcmp "cmp"
 	"flag"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"regexp"
@@ -218,6 +219,7 @@ func steady(w Walk) Walk {
 	}
 	for i := range w.Parts {
 		f := &w.Parts[i].Finding
+		f.Stations = withoutDummies(f.Stations)
 		f.Path = slices.Clone(f.Path)
 		if end := len(f.Path) - 1; end >= 0 {
 			last := f.Path[end]
@@ -243,6 +245,21 @@ func steady(w Walk) Walk {
 		f.Evidence = named(f.Evidence)
 	}
 	return w
+}
+
+// withoutDummies has on lo what is on a dummy device.
+func withoutDummies(stations []Station) []Station {
+	stations = slices.Clone(stations)
+	for i, s := range stations {
+		own := maps.Clone(s.Own)
+		for addr, iface := range own {
+			if iface == dummy {
+				own[addr] = "lo"
+			}
+		}
+		stations[i].Own = own
+	}
+	return stations
 }
 
 // chosenFirst calls t2 t1.

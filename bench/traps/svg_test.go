@@ -27,14 +27,15 @@ func hop(from, to, src, dst, what, note string) Hop {
 }
 
 func station(name, addr string, more ...string) Station {
-	s := Station{Name: name}
-	for _, text := range append([]string{addr}, more...) {
-		s.Own = append(s.Own, netip.MustParseAddr(text))
+	first := netip.MustParseAddr(addr)
+	s := Station{Name: name, Own: map[netip.Addr]string{first: "eth0"}}
+	for _, text := range more {
+		s.Own[netip.MustParseAddr(text)] = "lo"
 	}
-	if s.Own[0].Is4() {
-		s.Addr4 = s.Own[0]
+	if first.Is4() {
+		s.Addr4 = first
 	} else {
-		s.Addr6 = s.Own[0]
+		s.Addr6 = first
 	}
 	return s
 }

@@ -33,9 +33,10 @@ type Part struct {
 // A Station is a node that packets meet.
 type Station struct {
 	Name string
-	// Addr4 and Addr6 are those that it is known by, and Own all that it had.
+	// Addr4 and Addr6 are those that it is known by, and Own all that it had, with
+	// their interfaces.
 	Addr4, Addr6 netip.Addr
-	Own          []netip.Addr
+	Own          map[netip.Addr]string
 }
 
 // stations are the watched nodes, as they are now.
@@ -43,21 +44,34 @@ func (s *site) stations() ([]Station, error) {
 	var all []Station
 	for _, w := range s.watched {
 		n := Station{Name: w.node.Name, Addr4: w.node.Addr4, Addr6: w.node.Addr6}
-		err := w.node.Do(func() error {
-			addrs, err := net.InterfaceAddrs()
-			for _, a := range addrs {
-				if p, err := netip.ParsePrefix(a.String()); err == nil {
-					n.Own = append(n.Own, p.Addr())
-				}
-			}
-			return err
-		})
+		err := w.node.Do(func() (err error) { n.Own, err = ownAddresses(); return err })
 		if err != nil {
 			return nil, fmt.Errorf("addresses of %s: %w", w.node.Name, err)
 		}
 		all = append(all, n)
 	}
 	return all, nil
+}
+
+// ownAddresses are those of the calling thread's namespace, with their interfaces.
+func ownAddresses() (map[netip.Addr]string, error) {
+	links, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	own := make(map[netip.Addr]string)
+	for _, l := range links {
+		addrs, err := l.Addrs()
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range addrs {
+			if p, err := netip.ParsePrefix(a.String()); err == nil {
+				own[p.Addr()] = l.Name
+			}
+		}
+	}
+	return own, nil
 }
 
 // NewWalk is a scenario's walk: the naive set-up's, and below it the cure's.
@@ -249,7 +263,7 @@ func (p Part) remark(i int) string {
 	h := path[i]
 	if lost(path, i) {
 		text := h.To + " neither answers it nor passes it on"
-		if slices.Contains(p.station(h.To).Own, h.Src.Addr()) {
+		if p.station(h.To).Own[h.Src.Addr()] != "" {
 			text += ": its source is an address of " + h.To + " itself"
 		}
 		return text
@@ -309,11 +323,12 @@ func (p Part) addresses(name string) []string {
 	if known.IsValid() {
 		lines = append(lines, known.String())
 	}
-	if bound := slices.Contains(s.Own, service); bound || endsAt(path, name, service) {
+	device := s.Own[service]
+	if device != "" || endsAt(path, name, service) {
 		lines = append(lines, "VIP "+service.String())
-		if bound {
-			lines = append(lines, "on lo")
-		}
+	}
+	if device != "" {
+		lines = append(lines, "on "+device)
 	}
 	return lines
 }
