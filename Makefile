@@ -10,13 +10,16 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-print-directory
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build demo test test-vm vmrun build-static lint check vulncheck fuzz bench-scale bench-path bench-relay bench-instructions deps clean need-go need-root
+.PHONY: help build packages demo test test-packages test-vm test-instructions record-instructions vmrun build-static lint check vulncheck fuzz bench bench-scale bench-instructions bench-synflood soak soak-reload deps clean need-go need-root
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: need-go ## build bin/nlb
 	@$(GO) build -o bin/nlb ./cmd/nlb
+
+packages: need-go ## make dist/nlb_VERSION_amd64.deb, an .rpm and the bill of materials; the same bytes from the same commit
+	@GO=$(GO) deploy/package/build dist
 
 demo: need-root need-go ## show on one screen what nlb does, with real packets; root, about 10 s
 	@deploy/install-packages demo
@@ -27,10 +30,31 @@ demo: need-root need-go ## show on one screen what nlb does, with real packets; 
 test: need-root need-go deps check ## everything that is checked: lint, vulnerabilities, all tests with the race detector; root
 	@GO=$(GO) .ci/test
 
+# The tests have it in an overlay over this machine; here it is a Debian with nothing else in it.
+test-packages: need-root need-go deps ## install, upgrade and remove the .deb in a Debian that mmdebstrap makes for it; root, network
+	@root=$$(mktemp -d); trap 'rm -rf "$$root"' EXIT; \
+	mmdebstrap --quiet --variant=minbase --include=systemd,nftables,iproute2,procps,curl,busybox-static,kmod bookworm "$$root"; \
+	NLB_PACKAGE_ROOT=$$root $(GO) test -count=1 -v -timeout 10m -run '^TestLifeOfAPackage$$' ./deploy/package
+
 # Each of them boots once for all packages. Without CGO: there is no libc in a guest.
 KERNEL ?= 6.1,6.12
 test-vm: need-go deps vmrun build-static ## run tests in emulated machines: KERNEL=6.1,6.12, all of .ci/vm-tests or [PKG=./p] [RUN=regexp]
 	@GO=$(GO) bin/vmrun -kernel $(KERNEL) -suite .ci/vm-tests -file bin/nlb-static -file docs/compare.md -timeout 24m $(if $(RUN),-run '$(RUN)') $(PKG)
+
+# Without CGO, as above: the test binary is what runs in its guest. One boot has the
+# guest to itself, since only there the clock counts instructions.
+test-instructions: need-go deps build-static ## count instructions in an emulated machine, and fail if nlb takes 2 % more than is recorded
+	@CGO_ENABLED=0 $(GO) test -v -count=1 -timeout 20m -run '^TestGuest' ./bench/counting
+
+record-instructions: need-go deps build-static ## record what test-instructions counts, in bench/counting/testdata
+	@CGO_ENABLED=0 $(GO) test -count=1 -timeout 20m -run '^TestGuestRatios$$' ./bench/counting -update
+
+SOAK ?= 30m
+soak: need-root need-go deps ## live through SOAK (30m) of reloads, drains and deaths under load; NLB_SEED=N has the same ones again; root
+	@NLB_SOAK=$(SOAK) $(GO) test -v -count=1 -timeout 24h -run '^TestSoak$$' ./internal/e2e
+
+soak-reload: need-root need-go deps ## make 100,000 connections by each client_ip over 200 reloads and 20 upgrades, of which none may fail; root, under 10 min
+	@NLB_LONG=1 $(GO) test -v -count=1 -timeout 1h -run '^TestNobodyNotices$$' ./internal/e2e
 
 build-static: need-go ## build bin/nlb-static, which runs where there is no libc
 	@CGO_ENABLED=0 $(GO) build -o bin/nlb-static ./cmd/nlb
@@ -43,7 +67,8 @@ lint: need-go ## gofmt, go vet, staticcheck, shellcheck
 		if [[ -n $$unformatted ]]; then echo "gofmt -w would change:"; echo "$$unformatted"; exit 1; fi
 	@$(GO) vet ./...
 	@$(GO) run $(STATICCHECK) ./...
-	@grep -rlE '^#!.*sh$$' .ci deploy | xargs shellcheck
+	@$(GO) -C deploy/tools vet ./...
+	@grep -rlE '^#!.*sh$$' .ci bench deploy | xargs shellcheck
 
 check: lint vulncheck ## lint, and known vulnerabilities where their database is reachable
 
@@ -62,25 +87,25 @@ fuzz: need-root need-go ## fuzz each parser for FUZZTIME (10s); root
 			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package"; \
 		done
 
+bench: need-root ## race nlb against what one would use instead, and write a report; root, under 10 min; choose by bench/run.sh --help
+	@bench/run.sh
+
 bench-scale: need-root need-go ## measure what a thousand listeners cost; root
 	@$(GO) test -run '^$$' -bench Scale -benchtime 1x ./balancer/nft
 
-bench-path: need-root need-go build ## compare the established path with the smallest ruleset that does the job; root, about 45 s
-	@$(GO) run ./bench/path -nlb bin/nlb
-
-bench-relay: need-root need-go deps build ## compare the relay with HAProxy and nginx; root, about 3 min
-	@$(GO) run ./bench/relay -nlb bin/nlb
-
 # Without CGO: there is no libc in a guest. Root only where deps has to install.
-bench-instructions: need-go deps build-static ## count what a packet and a connection cost in instructions, in emulated machines; about 5 min
+bench-instructions: need-go deps build-static ## count what a packet and a connection cost in instructions, in emulated machines; about 2 min
 	@CGO_ENABLED=0 $(GO) build -buildvcs=auto -o bin/nlb-instructions ./bench/instructions
 	@exec bin/nlb-instructions -nlb bin/nlb-static
+
+bench-synflood: need-root build ## measure honest connections during a SYN flood, with the SYN proxy and without; about 2 min; root
+	@$(GO) run ./bench/synflood -nlb bin/nlb
 
 deps: ## install the Debian packages that the tests need (deploy/packages)
 	@deploy/install-packages test
 
 clean: ## remove what was built
-	@rm -rf bin
+	@rm -rf bin dist
 
 need-root:
 	@if [[ $$(id -u) != 0 ]]; then \
