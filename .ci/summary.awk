@@ -1,11 +1,23 @@
 # Reads the output of go test -v for any number of packages. Prints one line for
 # each package, the output of tests that failed and the names of those that were
-# skipped. Writes to the file that the variable sum names: N passed, N failed, N skipped.
+# skipped. Writes to the file that the variable sum names what failed, once more and
+# shortened for those who see only the end of a long log, and: N passed, N failed,
+# N skipped.
 #
 # Tests and subtests count. A package that fails without a failed test (it does
 # not compile, or it panics) counts as one. A package may run on several kernels,
 # as "path" and "path [Linux 6.1]": what one lacks, another may have, so a test
 # counts as skipped only if it passed on none. Exits with 1 unless all passed.
+
+# recall keeps the ends of what a failure said, for the sum.
+function recall(who, text,    lines, n, i) {
+	n = split(text, lines, "\n") - 1
+	recalled = recalled "FAILED: " who "\n"
+	for (i = 1; i <= n; i++) {
+		if (i <= 8 || i > n - 8) recalled = recalled "  " substr(lines[i], 1, 300) "\n"
+		else if (i == 9) recalled = recalled "  (" n - 16 " lines left out)\n"
+	}
+}
 
 # A test's output follows its name (cmd/internal/test2json).
 /^=== (RUN|CONT|NAME|PAUSE) / { test = $3; next }
@@ -30,9 +42,15 @@ match($0, /--- (PASS|FAIL|SKIP): /) {
 	if ($1 == "FAIL") {
 		if (!here["FAIL"]) count["FAIL"]++
 		print
-		printf "%s", said[""] # build errors, panics
-		for (i = 1; i <= failures; i++)
+		printf "%s", said[""] # build errors
+		if (!failures) {
+			if (test != "") printf "%s", said[test] # a panic, in whichever test spoke last
+			recall(package, test == "" ? said[""] : said[test])
+		}
+		for (i = 1; i <= failures; i++) {
 			printf "--- FAIL: %s %s\n%s", package, failed[i], said[failed[i]]
+			recall(package " " failed[i], said[failed[i]])
+		}
 	} else if ($1 == "ok") {
 		printf "ok   %-24s %5d passed  %s\n", package, here["PASS"], field[3]
 	}
@@ -62,6 +80,6 @@ END {
 		printf "SKIPPED: %s", what[i]
 		left++
 	}
-	printf "%d passed, %d failed, %d skipped\n", count["PASS"], count["FAIL"], left >sum
+	printf "%s%d passed, %d failed, %d skipped\n", recalled, count["PASS"], count["FAIL"], left >sum
 	exit count["PASS"] == 0 || count["FAIL"] > 0 || left > 0
 }

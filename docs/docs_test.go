@@ -4,6 +4,8 @@ package docs_test
 import (
 	"encoding/json"
 	"fmt"
+	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,13 +26,19 @@ const root = ".."
 // pages are the documents for users, by path from root.
 func pages(t *testing.T) map[string]string {
 	t.Helper()
-	paths, err := filepath.Glob("*.md")
+	text := make(map[string]string)
+	for _, name := range []string{"README.md", "deploy/target/README.md"} {
+		text[name] = read(t, name)
+	}
+	err := filepath.WalkDir(".", func(path string, _ fs.DirEntry, err error) error {
+		if filepath.Ext(path) == ".md" {
+			name := "docs/" + filepath.ToSlash(path)
+			text[name] = read(t, name)
+		}
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
-	}
-	text := map[string]string{"README.md": read(t, "README.md")}
-	for _, p := range paths {
-		text["docs/"+p] = read(t, "docs/"+p)
 	}
 	return text
 }
@@ -44,28 +52,24 @@ func read(t *testing.T, path string) string {
 	return string(text)
 }
 
-// A block is a fenced block of a page.
-type block struct {
-	info string // what follows the opening fence: the language, and for us "fragment"
-	text string
-}
-
-var fence = regexp.MustCompile("(?ms)^```([^\n]*)\n(.*?)^```$")
-
-func blocks(page string) []block {
-	var found []block
-	for _, m := range fence.FindAllStringSubmatch(page, -1) {
-		found = append(found, block{m[1], m[2]})
-	}
-	return found
-}
-
-// TestReadmeListsEveryPage: a page that it doesn't name is found by nobody.
-func TestReadmeListsEveryPage(t *testing.T) {
+// TestEveryPageIsFound follows the links from README.md: what they do not lead to
+// is found by nobody.
+func TestEveryPageIsFound(t *testing.T) {
 	all := pages(t)
+	found, next := map[string]bool{"README.md": true}, []string{"README.md"}
+	for len(next) > 0 {
+		from := next[0]
+		next = next[1:]
+		for _, to := range links(from, all[from]) {
+			if _, isPage := all[to.file]; isPage && !found[to.file] {
+				found[to.file] = true
+				next = append(next, to.file)
+			}
+		}
+	}
 	for page := range all {
-		if page != "README.md" && !strings.Contains(all["README.md"], "]("+page+")") {
-			t.Errorf("README.md has no link to %s", page)
+		if !found[page] {
+			t.Errorf("no link leads from README.md to %s", page)
 		}
 	}
 }
@@ -113,12 +117,7 @@ func rows(t *testing.T) map[string][]string {
 }
 
 func TestEveryKeyIsDescribed(t *testing.T) {
-	var reference yaml.Node
-	if err := yaml.Unmarshal(config.Reference(), &reference); err != nil {
-		t.Fatal(err)
-	}
-	keys := make(map[string]bool)
-	leaves("", &reference, keys)
+	keys := referenceKeys(t)
 	described := rows(t)
 	for key := range keys {
 		if described[key] == nil {
@@ -204,14 +203,17 @@ func TestConfigurationsAreValid(t *testing.T) {
 	files := map[string]string{"deploy/nlb.yaml": read(t, "deploy/nlb.yaml")}
 	for name, page := range pages(t) {
 		for i, b := range blocks(page) {
-			switch b.info {
-			case "yaml":
-				files[fmt.Sprintf("%s, block %d", name, i+1)] = b.text
-			case "yaml fragment":
-				var any yaml.Node
-				if err := yaml.Unmarshal([]byte(b.text), &any); err != nil {
-					t.Errorf("%s, block %d: %v", name, i+1, err)
+			at := fmt.Sprintf("%s, block %d", name, i+1)
+			switch {
+			case b.language() != "yaml":
+			case b.has("fragment"):
+				checkFragment(t, at, b.text)
+			case b.has("refused"):
+				if _, err := config.Parse(at, []byte(b.text)); err == nil {
+					t.Errorf("%s: is not refused", at)
 				}
+			default:
+				files[at] = b.text
 			}
 		}
 	}
@@ -222,6 +224,84 @@ func TestConfigurationsAreValid(t *testing.T) {
 		if _, err := config.Parse(name, []byte(text)); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// checkFragment demands that a part of a configuration has keys that there are,
+// somewhere.
+func checkFragment(t *testing.T, at, text string) {
+	t.Helper()
+	var fragment yaml.Node
+	if err := yaml.Unmarshal([]byte(text), &fragment); err != nil {
+		t.Errorf("%s: %v", at, err)
+		return
+	}
+	found := make(map[string]bool)
+	leaves("", &fragment, found)
+	for key := range found {
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(referenceKeys(t))), func(known string) bool {
+			return known == key || strings.HasSuffix(known, "."+key)
+		}) {
+			t.Errorf("%s: there is no key %s", at, key)
+		}
+	}
+}
+
+// referenceKeys are the keys of the reference file that have values of their own.
+func referenceKeys(t *testing.T) map[string]bool {
+	t.Helper()
+	var reference yaml.Node
+	if err := yaml.Unmarshal(config.Reference(), &reference); err != nil {
+		t.Fatal(err)
+	}
+	keys := make(map[string]bool)
+	leaves("", &reference, keys)
+	return keys
+}
+
+var (
+	// translated matches a row about an option of another program, and takes its
+	// second cell.
+	translated = regexp.MustCompile(`(?m)^\|[^|]*\|([^|]*)\|[^|]*\|$`)
+	code       = regexp.MustCompile("`([^`]+)`")
+	word       = regexp.MustCompile(`[A-Za-z][A-Za-z0-9_]+`)
+)
+
+// TestOptionsAreTranslatedIntoOurs: what an option of another program is here has
+// to be words that there are: keys, or values that configuration.md knows.
+func TestOptionsAreTranslatedIntoOurs(t *testing.T) {
+	known := make(map[string]bool)
+	for key := range referenceKeys(t) {
+		for _, w := range word.FindAllString(key, -1) {
+			known[w] = true
+		}
+	}
+	for _, m := range code.FindAllStringSubmatch(fence.ReplaceAllString(read(t, "docs/configuration.md"), ""), -1) {
+		for _, w := range word.FindAllString(m[1], -1) {
+			known[w] = true
+		}
+	}
+	found := 0
+	for name, page := range pages(t) {
+		if !strings.HasPrefix(name, "docs/migrate/") {
+			continue
+		}
+		for _, cells := range translated.FindAllStringSubmatch(page, -1) {
+			for _, m := range code.FindAllStringSubmatch(cells[1], -1) {
+				if strings.HasPrefix(m[1], "nlb ") {
+					continue // TestCommandsExist
+				}
+				found++
+				for _, w := range word.FindAllString(m[1], -1) {
+					if !known[w] {
+						t.Errorf("%s: %q: there is no %s", name, m[1], w)
+					}
+				}
+			}
+		}
+	}
+	if found < 40 {
+		t.Errorf("only %d translations were found", found)
 	}
 }
 
@@ -237,7 +317,7 @@ func commands(page string) (found [][]string) {
 	prose := fence.ReplaceAllString(page, "")
 	matches := spoken.FindAllStringSubmatch(prose, -1)
 	for _, b := range blocks(page) {
-		if b.info == "sh" {
+		if b.language() == "sh" {
 			matches = append(matches, typed.FindAllStringSubmatch(b.text, -1)...)
 		}
 	}
@@ -248,10 +328,7 @@ func commands(page string) (found [][]string) {
 }
 
 func TestCommandsExist(t *testing.T) {
-	program := filepath.Join(t.TempDir(), "nlb")
-	if out, err := exec.Command("go", "build", "-o", program, "nlb/cmd/nlb").CombinedOutput(); err != nil {
-		t.Fatalf("build nlb: %v\n%s", err, out)
-	}
+	program := filepath.Join(programs, "nlb")
 	help := func(t *testing.T, command string) string {
 		out, err := exec.Command(program, command, "--help").CombinedOutput()
 		if err != nil {
@@ -278,14 +355,32 @@ func TestCommandsExist(t *testing.T) {
 	}
 }
 
-// link matches a link to a file of this repository.
-var link = regexp.MustCompile(`\]\(([^):#]+)\)`)
+// A place is where a link leads: a file, by path from root, and a heading in it.
+type place struct{ file, anchor string }
+
+// link matches a link to a file of this repository, or to a heading.
+var link = regexp.MustCompile(`\]\(([^):#]*)(?:#([^)]+))?\)`)
+
+func links(from, text string) (found []place) {
+	for _, m := range link.FindAllStringSubmatch(fence.ReplaceAllString(text, ""), -1) {
+		to := place{from, m[2]}
+		if m[1] != "" {
+			to.file = filepath.ToSlash(filepath.Join(filepath.Dir(from), m[1]))
+		}
+		found = append(found, to)
+	}
+	return found
+}
 
 func TestLinksLeadSomewhere(t *testing.T) {
 	for name, page := range pages(t) {
-		for _, m := range link.FindAllStringSubmatch(page, -1) {
-			if _, err := os.Stat(filepath.Join(root, filepath.Dir(name), m[1])); err != nil {
+		for _, to := range links(name, page) {
+			if _, err := os.Stat(filepath.Join(root, to.file)); err != nil {
 				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			if to.anchor != "" && section(read(t, to.file), to.anchor) == "" {
+				t.Errorf("%s: %s has no heading #%s", name, to.file, to.anchor)
 			}
 		}
 	}
@@ -309,7 +404,8 @@ func TestMakeTargetsExist(t *testing.T) {
 var counter = regexp.MustCompile("`([a-z_]+_drops|hairpins)`")
 
 func TestCountersAreTheDataplanesOwn(t *testing.T) {
-	source := read(t, "balancer/nft/render.go")
+	// A field of an event may be called like a counter.
+	source := read(t, "balancer/nft/render.go") + read(t, "balancer/events/kinds.go")
 	for name, page := range pages(t) {
 		for _, m := range counter.FindAllStringSubmatch(page, -1) {
 			if !strings.Contains(source, `"`+m[1]+`"`) {

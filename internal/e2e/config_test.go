@@ -36,6 +36,10 @@ type listener struct {
 	Forward  []forward `yaml:"forward"`
 	Idle     string    `yaml:"tcp_idle_timeout,omitempty"`
 	Allow    []string  `yaml:"allow,omitempty"`
+
+	SYNProxy     map[string]any `yaml:"syn_proxy,omitempty"`
+	MaxPerSource int            `yaml:"max_connections_per_source,omitempty"`
+	SourcePrefix int            `yaml:"source_prefix_length,omitempty"`
 }
 
 type forward struct {

@@ -21,11 +21,11 @@ What nlb does, shown case by case with packets: in network namespaces with clien
 pods, targets say who called. Each case is shown for the protocols and families that it names, with one file and one
 daemon for all cases.
 
-` + "```sh" + `
+` + "```sh unrun=minutes" + `
 go test ./internal/e2e -run 'TestConformance$'                 # nftables; root, about 12 s
 NLB_DATAPLANE=ipvs go test ./internal/e2e -run 'TestConformance$'   # IPVS, where the kernel has it
 go test ./internal/e2e -run 'TestConformance$/drain$/tcp4'     # one case
-make test-vm PKG=./internal/e2e                                # both in Debian's kernels 6.1 and 6.12, emulated; about 5 min
+make test-vm PKG=./internal/e2e                                # both in Debian's kernels 6.1 and 6.12, emulated, half of each case's flavours on each
 make test-vm KERNEL=6.12 PKG=./internal/e2e RUN='TestConformanceIPVS$'  # one of them
 ` + "```" + `
 

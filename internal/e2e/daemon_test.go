@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -56,6 +59,9 @@ func TestMain(m *testing.M) {
 }
 
 func testMain(m *testing.M) int {
+	if os.Getenv(vm.EnvKernel) == "" {
+		moreAtOnce()
+	}
 	dir, err := os.MkdirTemp("", "nlb-e2e-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -67,6 +73,17 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	return m.Run()
+}
+
+// moreAtOnce lets half as many tests again run at the same time as there are
+// cores, unless -parallel has said how many: most of them wait, for a deadline or
+// for the next probe.
+func moreAtOnce() {
+	flag.Parse()
+	atOnce, cores := flag.Lookup("test.parallel"), runtime.GOMAXPROCS(0)
+	if atOnce.Value.String() == strconv.Itoa(cores) {
+		_ = atOnce.Value.Set(strconv.Itoa(cores + cores/2))
+	}
 }
 
 // guestBinary goes along to emulated machines, where there is no Go. It is linked
@@ -144,6 +161,8 @@ type daemon struct {
 	client *control.Client
 	// terse leaves out of the log what changes in the kernel, which may be long.
 	terse bool
+	// installed is the program's path if it is none of program and racing.
+	installed string
 
 	cmd  *exec.Cmd     // the process; nil when none runs
 	done chan struct{} // closed when cmd has ended
@@ -231,7 +250,10 @@ func (d *daemon) command(args ...string) *exec.Cmd {
 		args = append(args, "--socket", d.socket)
 	}
 	binary := program
-	if args[0] == "serve" && isRaced(d.t) {
+	switch {
+	case d.installed != "":
+		binary = d.installed
+	case args[0] == "serve" && isRaced(d.t):
 		binary = racing
 	}
 	cmd := d.node.Command(context.Background(), binary, args...)

@@ -18,7 +18,7 @@ var wanted = []string{
 
 	"nf_conntrack", "nf_conntrack_netlink", "nfnetlink_cttimeout", "nfnetlink_log", "nfnetlink_queue",
 	"nf_nat", "nf_tables", "nft_chain_nat", "nft_ct", "nft_nat", "nft_masq", "nft_redir", "nft_hash", "nft_numgen",
-	"nft_limit", "nft_log", "nft_reject_inet", "nft_fib_inet", "nft_quota", "nft_connlimit",
+	"nft_limit", "nft_log", "nft_reject_inet", "nft_fib_inet", "nft_quota", "nft_connlimit", "nft_synproxy",
 	"nft_socket", "nft_tproxy", "nft_compat", "xt_conntrack", "xt_nat", "xt_mark", "xt_connmark",
 	"nf_flow_table", "nf_flow_table_inet", "nft_flow_offload",
 

@@ -21,6 +21,7 @@ import (
 // A suitePackage is a line of a suite's file.
 type suitePackage struct {
 	name   string // as go test takes it: ./balancer/nft
+	series string // the only kernel that it is for, or empty
 	tests  string // for -test.run
 	skip   string // for -test.skip
 	path   string // import path
@@ -28,22 +29,31 @@ type suitePackage struct {
 	binary string
 }
 
+// on says whether the package is for a kernel.
+func (p *suitePackage) on(series string) bool { return p.series == "" || p.series == series }
+
 // parseSuite reads lines of a package, a regexp of the tests to run and,
-// optionally, one of those to leave out. The sign # begins a comment.
+// optionally, one of those to leave out. A package that ends with @ and a series of
+// kernels is for that one alone. The sign # begins a comment.
 func parseSuite(r io.Reader) ([]suitePackage, error) {
 	var all []suitePackage
 	lines := bufio.NewScanner(r)
 	for n := 1; lines.Scan(); n++ {
 		text, _, _ := strings.Cut(lines.Text(), "#")
-		switch fields := strings.Fields(text); len(fields) {
+		fields := strings.Fields(text)
+		switch len(fields) {
 		case 0:
-		case 2:
-			all = append(all, suitePackage{name: fields[0], tests: fields[1]})
-		case 3:
-			all = append(all, suitePackage{name: fields[0], tests: fields[1], skip: fields[2]})
+			continue
+		case 2, 3:
 		default:
 			return nil, fmt.Errorf("line %d: %q is not a package, the tests to run and, at will, those to leave out", n, text)
 		}
+		p := suitePackage{tests: fields[1]}
+		p.name, p.series, _ = strings.Cut(fields[0], "@")
+		if len(fields) == 3 {
+			p.skip = fields[2]
+		}
+		all = append(all, p)
 	}
 	return all, lines.Err()
 }
@@ -56,10 +66,13 @@ func choose(all []suitePackage, names []string, run string) []suitePackage {
 	if len(names) > 0 {
 		chosen = nil
 		for _, name := range names {
-			i := slices.IndexFunc(all, func(p suitePackage) bool { return p.name == name })
-			if i >= 0 {
-				chosen = append(chosen, all[i])
-			} else {
+			known := len(chosen)
+			for _, p := range all {
+				if p.name == name {
+					chosen = append(chosen, p)
+				}
+			}
+			if len(chosen) == known {
 				chosen = append(chosen, suitePackage{name: name, tests: "."})
 			}
 		}
@@ -92,7 +105,12 @@ func runSuite(ctx context.Context, s settings, names []string) (int, error) {
 	}
 	defer os.RemoveAll(dir)
 	for i := range packages {
-		if err := packages[i].build(ctx, filepath.Join(dir, fmt.Sprint(i))); err != nil {
+		p := &packages[i]
+		if built := slices.IndexFunc(packages[:i], func(q suitePackage) bool { return q.name == p.name }); built >= 0 {
+			p.path, p.dir, p.binary = packages[built].path, packages[built].dir, packages[built].binary
+			continue
+		}
+		if err := p.build(ctx, filepath.Join(dir, fmt.Sprint(i))); err != nil {
 			return 1, err
 		}
 	}
@@ -170,6 +188,7 @@ func (s *settings) verdict(status int, output []byte) (word, remark string) {
 // boot runs the packages on one kernel and writes what go test -v would. It
 // reports whether all of them passed.
 func (s *settings) boot(ctx context.Context, series string, packages []suitePackage, out *bytes.Buffer) bool {
+	packages = slices.DeleteFunc(slices.Clone(packages), func(p suitePackage) bool { return !p.on(series) })
 	var runs []vm.Run
 	for _, p := range packages {
 		runs = append(runs, vm.Run{Binary: p.binary, Dir: p.dir, Args: s.arguments(p)})

@@ -166,8 +166,8 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestParseSuite(t *testing.T) {
-	got, err := parseSuite(strings.NewReader("# all\n./a  .\n\n./b ^TestB$ /slow # why\n"))
-	want := []suitePackage{{name: "./a", tests: "."}, {name: "./b", tests: "^TestB$", skip: "/slow"}}
+	got, err := parseSuite(strings.NewReader("# all\n./a  .\n\n./b ^TestB$ /slow # why\n./a@6.1 C\n"))
+	want := []suitePackage{{name: "./a", tests: "."}, {name: "./b", tests: "^TestB$", skip: "/slow"}, {name: "./a", series: "6.1", tests: "C"}}
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(suitePackage{})); diff != "" || err != nil {
 		t.Errorf("%v (-want +got):\n%s", err, diff)
 	}
@@ -179,14 +179,18 @@ func TestParseSuite(t *testing.T) {
 }
 
 func TestChoose(t *testing.T) {
-	all := []suitePackage{{name: "./a", tests: ".", skip: "x"}, {name: "./b", tests: "B"}}
+	all := []suitePackage{
+		{name: "./a", tests: ".", skip: "x"}, {name: "./b", tests: "B"},
+		{name: "./d", series: "6.1", tests: "D"}, {name: "./d", series: "6.12", tests: "E"},
+	}
 	for name, c := range map[string]struct {
 		names []string
 		run   string
 		want  []suitePackage
 	}{
 		"all":     {nil, "", all},
-		"one":     {[]string{"./b"}, "", all[1:]},
+		"one":     {[]string{"./b"}, "", all[1:2]},
+		"two":     {[]string{"./d"}, "", all[2:]},
 		"another": {[]string{"./c"}, "", []suitePackage{{name: "./c", tests: "."}}},
 		"run":     {[]string{"./a"}, "T", []suitePackage{{name: "./a", tests: "T"}}},
 	} {
