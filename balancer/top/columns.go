@@ -206,7 +206,7 @@ func stateStyle(s balancer.State) Style {
 func (t *target) circumstances(at time.Time, whole bool) string {
 	var words []string
 	if !t.Until.IsZero() {
-		left := span(t.Until.Sub(at)) + " left"
+		left := Elapsed(t.Until.Sub(at)) + " left"
 		switch {
 		case t.Held != nil:
 			left = "held, " + left

@@ -390,7 +390,7 @@ func delayWords(g *group, flows string) string {
 	if g == nil || g.DeregistrationDelay == nil {
 		return "How long " + flows + " may go on is not known: the group is gone."
 	}
-	delay := span(time.Duration(g.DeregistrationDelay.TimeoutSeconds * float64(time.Second)))
+	delay := Elapsed(time.Duration(g.DeregistrationDelay.TimeoutSeconds * float64(time.Second)))
 	words := "For " + delay + ", the deregistration delay of " + g.Name + ", " + flows + " may go on; "
 	if g.DeregistrationDelay.ConnectionTermination {
 		return words + "then those left are ENDED (connection_termination)."

@@ -28,18 +28,21 @@ type picture struct {
 // A group is a target group with the sums of its targets.
 type group struct {
 	*control.TargetGroup
-	targets                []target
-	healthy, all           int
-	flows, newFlows, bytes figure
-	latest                 time.Time // Since of the target whose state changed last
+	load
+	targets      []target
+	healthy, all int
+	latest       time.Time // Since of the target whose state changed last
 }
 
 // A target has the rates of its counters.
 type target struct {
 	*control.Target
-	name                   string
-	flows, newFlows, bytes figure // bytes and newFlows per second
+	load
+	name string
 }
+
+// A load is what goes through.
+type load struct{ flows, newFlows, bytes figure } // bytes and newFlows per second
 
 // An event is a counter of the dataplane.
 type event struct {
@@ -65,7 +68,7 @@ func newPicture(status *control.Status, at time.Time, before *picture) *picture 
 			p.failOpen++
 		}
 		p.groups = append(p.groups, g)
-		p.sums.add(g.flows, g.newFlows, g.bytes)
+		p.sums.add(g.load)
 		p.sums.healthy += g.healthy
 		p.sums.all += g.all
 	}
@@ -91,7 +94,7 @@ func newGroup(g *control.TargetGroup, was map[balancer.TargetKey]*control.Target
 	out := group{TargetGroup: g, targets: make([]target, 0, len(g.Targets)), all: len(g.Targets)}
 	for i := range g.Targets {
 		now := &g.Targets[i]
-		t := target{Target: now, name: now.AddrPort().String(), flows: read(now.ActiveFlows)}
+		t := target{Target: now, name: now.AddrPort().String(), load: load{flows: read(now.ActiveFlows)}}
 		if before := was[balancer.TargetKey{Group: g.Name, AddrPort: now.AddrPort()}]; before != nil {
 			t.newFlows = perSecond(before.NewFlowsTotal, now.NewFlowsTotal, elapsed)
 			t.bytes = perSecond(before.BytesTotal, now.BytesTotal, elapsed)
@@ -102,14 +105,14 @@ func newGroup(g *control.TargetGroup, was map[balancer.TargetKey]*control.Target
 		if now.Since.After(out.latest) {
 			out.latest = now.Since
 		}
-		out.add(t.flows, t.newFlows, t.bytes)
+		out.add(t.load)
 		out.targets = append(out.targets, t)
 	}
 	return out
 }
 
-func (g *group) add(flows, newFlows, bytes figure) {
-	g.flows, g.newFlows, g.bytes = g.flows.plus(flows), g.newFlows.plus(newFlows), g.bytes.plus(bytes)
+func (l *load) add(m load) {
+	l.flows, l.newFlows, l.bytes = l.flows.plus(m.flows), l.newFlows.plus(m.newFlows), l.bytes.plus(m.bytes)
 }
 
 // grown lists what was counted between two answers.

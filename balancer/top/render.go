@@ -116,13 +116,13 @@ func (s *Screen) force() string {
 	words := fmt.Sprintf("%s, configuration %d, ", printable(st.Dataplane), st.Apply.Generation)
 	switch {
 	case st.Apply.Error == "":
-		return words + "in force as of " + span(at.Sub(st.Apply.ConvergedAt)) + " ago"
+		return words + "in force as of " + Elapsed(at.Sub(st.Apply.ConvergedAt)) + " ago"
 	case st.Apply.Held:
 		return words + "in force, by what was known before"
 	case st.Apply.ConvergedAt.IsZero():
 		return words + "NEVER IN FORCE"
 	}
-	return words + "NOT IN FORCE since " + span(at.Sub(st.Apply.ConvergedAt)) + " ago"
+	return words + "NOT IN FORCE since " + Elapsed(at.Sub(st.Apply.ConvergedAt)) + " ago"
 }
 
 // manner says how things are shown.
@@ -136,7 +136,7 @@ func (s *Screen) manner(now time.Time) string {
 
 func (s *Screen) pacing(now time.Time) string {
 	if s.paused {
-		return "PAUSED, " + span(now.Sub(s.latest.at)) + " old"
+		return "PAUSED, " + Elapsed(now.Sub(s.latest.at)) + " old"
 	}
 	return "every " + s.interval.String()
 }
@@ -178,7 +178,7 @@ func (s *Screen) summary(now time.Time) Line {
 	if !s.paused {
 		return line(words, title)
 	}
-	return s.apart(words, "PAUSED "+span(now.Sub(p.at)), title)
+	return s.apart(words, "PAUSED "+Elapsed(now.Sub(p.at)), title)
 }
 
 // problems are lines about what is not as it should be, the worst first.
@@ -191,9 +191,9 @@ func (s *Screen) problems(now time.Time) []Line {
 	case s.failed != nil && s.latest == nil:
 		add(alarm, "NO ANSWER: %v", s.failed)
 	case s.failed != nil:
-		add(alarm, "NO ANSWER, this is %s old: %v", span(now.Sub(s.latest.at)), s.failed)
+		add(alarm, "NO ANSWER, this is %s old: %v", Elapsed(now.Sub(s.latest.at)), s.failed)
 	case s.stale(now):
-		add(alarm, "NO ANSWER yet, this is %s old", span(now.Sub(s.latest.at)))
+		add(alarm, "NO ANSWER yet, this is %s old", Elapsed(now.Sub(s.latest.at)))
 	}
 	if s.latest == nil {
 		return lines
@@ -380,7 +380,7 @@ func (g *group) detail() string {
 	if d == nil {
 		return text + "It is not in the file any more; its targets may have flows."
 	}
-	text += "A target that is drained keeps its flows for " + span(time.Duration(d.TimeoutSeconds*float64(time.Second)))
+	text += "A target that is drained keeps its flows for " + Elapsed(time.Duration(d.TimeoutSeconds*float64(time.Second)))
 	if d.ConnectionTermination {
 		return text + ", then they are ended."
 	}
@@ -390,7 +390,7 @@ func (g *group) detail() string {
 func (t *target) detail(g *group, at time.Time) string {
 	text := fmt.Sprintf("%s of %s: %v", t.name, printable(g.Name), t.State)
 	if !t.Since.IsZero() {
-		text += fmt.Sprintf(" since %s (%s)", t.Since.UTC().Format(time.DateTime+"Z"), span(at.Sub(t.Since)))
+		text += fmt.Sprintf(" since %s (%s)", t.Since.UTC().Format(time.DateTime+"Z"), Elapsed(at.Sub(t.Since)))
 	}
 	text += fmt.Sprintf(", weight %s. %s", t.weightWords(), t.circumstances(at, true))
 	text = strings.TrimRight(strings.TrimSuffix(text, ". "), ".")

@@ -145,12 +145,8 @@ func (o order) compare(a, b *target) int {
 		c = cmp.Compare(badness(b.State), badness(a.State))
 	case BySince:
 		c = b.Since.Compare(a.Since)
-	case ByFlows:
-		c = b.flows.compare(a.flows)
-	case ByNewFlows:
-		c = b.newFlows.compare(a.newFlows)
-	case ByBytes:
-		c = b.bytes.compare(a.bytes)
+	default:
+		c = b.load.compare(a.load, o.by)
 	}
 	return o.signed(c)
 }
@@ -164,14 +160,23 @@ func (o order) groups(a, b *group) int {
 		c = cmp.Compare(a.soundness(), b.soundness())
 	case BySince:
 		c = b.latest.Compare(a.latest)
-	case ByFlows:
-		c = b.flows.compare(a.flows)
-	case ByNewFlows:
-		c = b.newFlows.compare(a.newFlows)
-	case ByBytes:
-		c = b.bytes.compare(a.bytes)
+	default:
+		c = b.load.compare(a.load, o.by)
 	}
 	return o.signed(c)
+}
+
+// compare is for what rows are sorted by that is in a load.
+func (l load) compare(m load, by Sort) int {
+	switch by {
+	case ByFlows:
+		return l.flows.compare(m.flows)
+	case ByNewFlows:
+		return l.newFlows.compare(m.newFlows)
+	case ByBytes:
+		return l.bytes.compare(m.bytes)
+	}
+	return 0
 }
 
 func (o order) signed(c int) int {

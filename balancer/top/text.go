@@ -96,8 +96,8 @@ func number(n float64) string {
 	return strconv.FormatFloat(n, 'f', decimals, 64) + prefixes[i]
 }
 
-// span writes a duration with its two largest units.
-func span(d time.Duration) string {
+// Elapsed writes a duration with its two largest units.
+func Elapsed(d time.Duration) string {
 	d = max(0, d)
 	switch {
 	case d < time.Minute:
@@ -122,7 +122,7 @@ func short(d time.Duration) string {
 	case d >= 10*time.Minute && d < time.Hour:
 		return fmt.Sprintf("%dm", int(d.Minutes()))
 	}
-	return span(d)
+	return Elapsed(d)
 }
 
 // plural is n things.

@@ -29,7 +29,7 @@ func TestDurations(t *testing.T) {
 		{23*time.Hour + 59*time.Minute, "23h59m", "23h"}, {26 * time.Hour, "1d02h", "1d02h"}, {9*day + 23*time.Hour, "9d23h", "9d23h"},
 		{10 * day, "10d00h", "10d"}, {9999 * day, "9999d00h", "9999d"},
 	} {
-		if a, b := span(c.d), short(c.d); a != c.span || b != c.tiny || len(b) > numberWidth {
+		if a, b := Elapsed(c.d), short(c.d); a != c.span || b != c.tiny || len(b) > numberWidth {
 			t.Errorf("%v is %q and %q, want %q and %q", c.d, a, b, c.span, c.tiny)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"nlb/balancer/control"
+	"nlb/balancer/top"
 )
 
 // renderStatus writes a status for people.
@@ -127,18 +128,7 @@ func count(n *uint64) string {
 }
 
 // age is rounded so that it fits in the eye.
-func age(now, then time.Time) string {
-	d := max(0, now.Sub(then))
-	switch {
-	case d < time.Minute:
-		return fmt.Sprintf("%ds", int(d.Seconds()))
-	case d < time.Hour:
-		return fmt.Sprintf("%dm%02ds", int(d.Minutes()), int(d.Seconds())%60)
-	case d < 24*time.Hour:
-		return fmt.Sprintf("%dh%02dm", int(d.Hours()), int(d.Minutes())%60)
-	}
-	return fmt.Sprintf("%dd%02dh", int(d.Hours())/24, int(d.Hours())%24)
-}
+func age(now, then time.Time) string { return top.Elapsed(now.Sub(then)) }
 
 func renderRows(b *bytes.Buffer, rows [][]string) {
 	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
