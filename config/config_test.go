@@ -3,7 +3,6 @@ package config
 import (
 	"bytes"
 	"errors"
-	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -12,14 +11,14 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/golden"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/spf13/pflag"
 
 	"nlb/balancer"
 )
-
-var update = flag.Bool("update", false, "write the .want files of testdata")
 
 var addresses = cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})}
 
@@ -57,20 +56,7 @@ func TestBadFixtures(t *testing.T) {
 			if err == nil {
 				t.Fatal("no error")
 			}
-			wantFile := filepath.Join("testdata", strings.TrimSuffix(name, ".yml")+".want")
-			got := err.Error() + "\n"
-			if *update {
-				if err := os.WriteFile(wantFile, []byte(got), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(wantFile)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), got); diff != "" {
-				t.Errorf("messages (-want +got):\n%s", diff)
-			}
+			golden.Check(t, strings.TrimSuffix(name, ".yml")+".want", err.Error()+"\n")
 		})
 	}
 }

@@ -1,7 +1,6 @@
 package doctor
 
 import (
-	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -10,13 +9,13 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/golden"
+
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 )
-
-var update = flag.Bool("update", false, "rewrite the list of checks in docs/doctor.md")
 
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 
@@ -306,14 +305,7 @@ func TestDocsListTheChecks(t *testing.T) {
 	if !ok1 || !ok2 {
 		t.Fatalf("%s lacks %q or %q", page, begin, end)
 	}
-	want := before + begin + checksTable() + end + after
-	if *update {
-		if err := os.WriteFile(page, []byte(want), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	} else if d := cmp.Diff(want, string(text)); d != "" {
-		t.Errorf("the page is not what the checks say (-want +got), go test ./balancer/doctor -update writes it:\n%s", d)
-	}
+	golden.CheckFile(t, page, before+begin+checksTable()+end+after)
 }
 
 func checksTable() string {

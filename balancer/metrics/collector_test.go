@@ -3,18 +3,18 @@ package metrics
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"nlb/internal/golden"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
@@ -24,8 +24,6 @@ import (
 	"nlb/healthcheck"
 	"nlb/proxyproto/relay"
 )
-
-var update = flag.Bool("update", false, "write testdata and docs/metrics.md anew")
 
 func addr(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
 
@@ -120,23 +118,6 @@ func own(text string) string {
 	return b.String()
 }
 
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s, see -update (-want +got):\n%s", path, diff)
-	}
-}
-
 func TestExposition(t *testing.T) {
 	silent := incident()
 	silent.Relay, silent.Kernel = nil, nil
@@ -151,7 +132,7 @@ func TestExposition(t *testing.T) {
 		// Before the first pass, with no relay.
 		"start.txt": {Reading{Reload: Reload{OK: true, Succeeded: time.Unix(1700000000, 0)}, Kernel: &Kernel{}}, NewProbes()},
 	} {
-		t.Run(name, func(t *testing.T) { golden(t, name, own(expose(t, c.reading, c.probes))) })
+		t.Run(name, func(t *testing.T) { golden.Check(t, name, own(expose(t, c.reading, c.probes))) })
 	}
 }
 
@@ -213,20 +194,11 @@ func TestDocumentation(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, rest, begins := strings.Cut(string(text), tableBegin)
-	got, after, ends := strings.Cut(rest, tableEnd)
+	_, after, ends := strings.Cut(rest, tableEnd)
 	if !begins || !ends {
 		t.Fatalf("%s has no place for the metrics", path)
 	}
-	want := table()
-	if *update {
-		if err := os.WriteFile(path, []byte(before+tableBegin+want+tableEnd+after), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		got = want
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("%s, see -update (-want +got):\n%s", path, diff)
-	}
+	golden.CheckFile(t, path, before+tableBegin+table()+tableEnd+after)
 }
 
 func table() string {

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/golden"
+
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 	"pgregory.net/rapid"
@@ -22,12 +24,12 @@ func withIPVS(t *balancer.Table) *balancer.Table {
 
 // What differs from everything.nft, in full.
 func TestRenderCompanion(t *testing.T) {
-	golden(t, "companion.nft", contrast(t, withIPVS(everything()), everything()))
+	golden.Check(t, "companion.nft", contrast(t, withIPVS(everything()), everything()))
 }
 
 // The same where some flows are relayed.
 func TestRenderCompanionRelayed(t *testing.T) {
-	golden(t, "companion-relayed.nft", contrast(t, withIPVS(untracking()), untracking()))
+	golden.Check(t, "companion-relayed.nft", contrast(t, withIPVS(untracking()), untracking()))
 }
 
 // contrast is what one ruleset has and the other has not, or has otherwise, and

@@ -1,39 +1,19 @@
 package nft
 
 import (
-	"flag"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
+	"nlb/internal/golden"
+
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
 )
-
-var update = flag.Bool("update", false, "write the golden files")
-
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-want +got), -update writes it:\n%s", name, diff)
-	}
-}
 
 func renderAfresh(t *testing.T, table *balancer.Table) *Ruleset {
 	t.Helper()
@@ -78,17 +58,17 @@ func more(all, plain *Ruleset) *Ruleset {
 }
 
 func TestRenderEverything(t *testing.T) {
-	golden(t, "everything.nft", withoutSlots(renderAfresh(t, everything())).String())
+	golden.Check(t, "everything.nft", withoutSlots(renderAfresh(t, everything())).String())
 }
 
 func TestRenderNothing(t *testing.T) {
-	golden(t, "nothing.nft", renderAfresh(t, &balancer.Table{}).String())
+	golden.Check(t, "nothing.nft", renderAfresh(t, &balancer.Table{}).String())
 }
 
 // The rules that count outcomes, in full; the rest is as in everything.nft.
 func TestRenderObserved(t *testing.T) {
 	all, plain := renderAfresh(t, observing()), renderAfresh(t, everything())
-	golden(t, "observed.nft", more(all, plain).String())
+	golden.Check(t, "observed.nft", more(all, plain).String())
 	if diff := cmp.Diff(withoutSlots(plain).Objects, withoutSlots(all).Objects); diff != "" {
 		t.Error(diff)
 	}
@@ -109,7 +89,7 @@ func relaying() *balancer.Table {
 // everything.nft.
 func TestRenderRelayed(t *testing.T) {
 	all, plain := renderAfresh(t, relaying()), renderAfresh(t, everything())
-	golden(t, "relayed.nft", otherChains(all, plain).String())
+	golden.Check(t, "relayed.nft", otherChains(all, plain).String())
 	for _, name := range []string{"t3.preserve", "slots4.preserve.16384"} {
 		if all.Chains[name] != nil || all.Sets[name] != nil {
 			t.Errorf("%s is there, though the relay chooses", name)
@@ -135,7 +115,7 @@ func protecting() *balancer.Table {
 // What protection adds, in full; the rest is as in everything.nft.
 func TestRenderProtected(t *testing.T) {
 	all, plain := renderAfresh(t, protecting()), renderAfresh(t, everything())
-	golden(t, "protected.nft", more(all, plain).String())
+	golden.Check(t, "protected.nft", more(all, plain).String())
 	if diff := cmp.Diff([]string{counterSourceLimit}, missing(all.Objects, plain.Objects)); diff != "" {
 		t.Errorf("counters that are new (-want +got):\n%s", diff)
 	}
@@ -195,7 +175,7 @@ func TestDiff(t *testing.T) {
 				t.Fatal(err)
 			}
 			p := &Plan{steps: diff(have, r.render(after, n))}
-			golden(t, name+".plan", strings.Join(p.Lines(), "\n")+"\n")
+			golden.Check(t, name+".plan", strings.Join(p.Lines(), "\n")+"\n")
 		})
 	}
 }
@@ -226,7 +206,7 @@ func TestDiffOfRulesOnDemand(t *testing.T) {
 		}
 		var r renderer
 		p := &Plan{steps: diff(r.render(tt.before, n), r.render(tt.after, n))}
-		golden(t, tt.name+".plan", strings.Join(p.Lines(), "\n")+"\n")
+		golden.Check(t, tt.name+".plan", strings.Join(p.Lines(), "\n")+"\n")
 	}
 }
 
@@ -400,7 +380,7 @@ func TestRenderFastPath(t *testing.T) {
 	short := newRuleset()
 	short.Flowtable = fast.Flowtable
 	short.Chains[chainForward] = fast.Chains[chainForward]
-	golden(t, "fast.nft", short.String())
+	golden.Check(t, "fast.nft", short.String())
 	for name, c := range fast.withoutFastPath().Chains {
 		if slices.ContainsFunc(c.Rules, Rule.offloads) {
 			t.Errorf("%s still offloads", name)

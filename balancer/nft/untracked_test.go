@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/golden"
+
 	"go.uber.org/zap/zaptest"
 
 	"nlb/balancer"
@@ -53,7 +55,7 @@ func tracking() *balancer.Table {
 // What there is more than with tracking.
 func TestRenderUntracked(t *testing.T) {
 	all, plain := renderAfresh(t, untracking()), renderAfresh(t, tracking())
-	golden(t, "untracked.nft", more(all, plain).String())
+	golden.Check(t, "untracked.nft", more(all, plain).String())
 	if gone := slices.Concat(missing(plain.Chains, all.Chains), missing(plain.Sets, all.Sets)); len(gone) > 0 {
 		t.Errorf("%v are gone", gone)
 	}

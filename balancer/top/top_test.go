@@ -2,22 +2,19 @@ package top
 
 import (
 	"errors"
-	"flag"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"nlb/internal/golden"
 
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
 )
-
-var update = flag.Bool("update", false, "write the golden files")
 
 // start is when the first answer comes, and apart how long after it the second.
 var start = time.Date(2026, 1, 2, 15, 4, 5, 0, time.UTC)
@@ -155,26 +152,9 @@ func TestScreens(t *testing.T) {
 			t.Run(file, func(t *testing.T) {
 				s := begun(size[0], size[1])
 				prepare(s)
-				golden(t, file, text(t, s, start.Add(7*time.Second)))
+				golden.Check(t, file, text(t, s, start.Add(7*time.Second)))
 			})
 		}
-	}
-}
-
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-want +got), -update writes it:\n%s", name, diff)
 	}
 }
 
@@ -217,7 +197,7 @@ func TestPageHasEverything(t *testing.T) {
 	for _, l := range s.Page(start.Add(apart)) {
 		got = append(got, strings.TrimRight(l.String(), " "))
 	}
-	golden(t, "page.txt", strings.Join(got, "\n")+"\n")
+	golden.Check(t, "page.txt", strings.Join(got, "\n")+"\n")
 }
 
 // A picture that is not how things are now is dimmed, and a line says so.

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"testing"
 
+	"nlb/internal/golden"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"pgregory.net/rapid"
@@ -167,7 +169,7 @@ func TestCompareRuns(t *testing.T) {
 	if err := measure.Write(&table, "table", c); err != nil {
 		t.Fatal(err)
 	}
-	golden(t, "compare.txt", table.Bytes())
+	golden.Check(t, "compare.txt", table.Bytes())
 	if c.Regressions != 1 {
 		t.Errorf("%d regressions", c.Regressions)
 	}

@@ -3,7 +3,6 @@ package report
 import (
 	"bytes"
 	"encoding/xml"
-	"flag"
 	"io"
 	"os"
 	"path/filepath"
@@ -11,31 +10,11 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/golden"
+
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/net/html"
 )
-
-var update = flag.Bool("update", false, "write the golden files")
-
-func golden(t *testing.T, name string, got []byte) {
-	t.Helper()
-	path := filepath.Join("testdata", filepath.FromSlash(name))
-	if *update {
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, got, 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), string(got)); diff != "" {
-		t.Errorf("%s (-want +got), -update writes it:\n%s", name, diff)
-	}
-}
 
 func filesOf(t *testing.T, r *Run) map[string][]byte {
 	t.Helper()
@@ -56,7 +35,7 @@ func filesOf(t *testing.T, r *Run) map[string][]byte {
 func TestFiles(t *testing.T) {
 	files := filesOf(t, example(t, 1, 0.03, unchanged))
 	for name, content := range files {
-		golden(t, name, content)
+		golden.Check(t, name, content)
 	}
 	for _, chart := range []string{"01-udp-packets", "02-balancers-cpu-for-a-connection", "03-p50-of-4000-requests-a-second", "04-p99-of-4000-requests-a-second"} {
 		if files["charts/"+chart+".svg"] == nil {
@@ -75,7 +54,7 @@ func TestInterrupted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	golden(t, "interrupted.md", filesOf(t, run)["report.md"])
+	golden.Check(t, "interrupted.md", filesOf(t, run)["report.md"])
 }
 
 // TestNothingMeasured has a header alone.
@@ -151,7 +130,7 @@ func TestEscaped(t *testing.T) {
 		case ".html":
 			checkPage(t, content)
 		case ".md":
-			golden(t, "hostile.md", content)
+			golden.Check(t, "hostile.md", content)
 		}
 	}
 }

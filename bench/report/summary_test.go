@@ -3,6 +3,8 @@ package report
 import (
 	"strings"
 	"testing"
+
+	"nlb/internal/golden"
 )
 
 func TestWriteSummary(t *testing.T) {
@@ -11,5 +13,5 @@ func TestWriteSummary(t *testing.T) {
 	if err := WriteSummary(&b, run); err != nil {
 		t.Fatal(err)
 	}
-	golden(t, "summary.txt", []byte(b.String()))
+	golden.Check(t, "summary.txt", []byte(b.String()))
 }

@@ -2,7 +2,6 @@ package traps
 
 import (
 	stdcmp "cmp"
-	"flag"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -12,13 +11,13 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/golden"
+
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
 	"nlb/internal/vm"
 )
-
-var update = flag.Bool("update", false, "rewrite the documentation's tables and drawings, and the golden files")
 
 // labPage has a table of the scenarios.
 const labPage = "../../docs/lab.md"
@@ -67,11 +66,9 @@ func compareTable(t *testing.T, page, heading, want string) {
 	if end := strings.Index(rest, "\n\n"); end >= 0 {
 		got, after = rest[:end+1], rest[end+1:]
 	}
-	if *update {
+	if golden.Update() {
 		text := head + "\n" + heading + titles + "\n" + rule + "\n" + want + after
-		if err := os.WriteFile(page, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		golden.Write(t, page, text)
 		return
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -162,7 +159,7 @@ func shownCells() []string {
 
 // TestWalksFolder has each drawing there, and none that nothing is compared with.
 func TestWalksFolder(t *testing.T) {
-	if *update {
+	if golden.Update() {
 		return // others are about to write there
 	}
 	var want []string

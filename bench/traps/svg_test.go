@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/golden"
+
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 )
@@ -136,23 +138,11 @@ func TestSVG(t *testing.T) {
 // compareDrawing compares a file with what a walk looks like, or rewrites it.
 func compareDrawing(t *testing.T, dir string, w Walk) {
 	t.Helper()
-	if *update {
-		if err := w.Save(dir); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(filepath.Join(dir, w.Name+".svg"))
-	if err != nil {
-		t.Fatalf("run the test with -update: %v", err)
-	}
 	got, err := w.SVG()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(string(got), "\n")); diff != "" {
-		t.Errorf("%s.svg is not what happens: run the test with -update (-want +got):\n%s", w.Name, diff)
-	}
+	golden.CheckFile(t, filepath.Join(dir, w.Name+".svg"), string(got))
 }
 
 // faults are the reasons why a drawing could not be read: by a parser, as it is no

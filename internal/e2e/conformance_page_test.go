@@ -1,19 +1,15 @@
 package e2e
 
 import (
-	"flag"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
+	"nlb/internal/golden"
 
 	"nlb/balancer"
 )
-
-var update = flag.Bool("update", false, "write docs/conformance.md")
 
 const pageHead = `# Conformance
 
@@ -60,15 +56,7 @@ func page() string {
 
 // TestPageOfConformance compares docs/conformance.md with the cases.
 func TestPageOfConformance(t *testing.T) {
-	name := filepath.Join("..", "..", "docs", "conformance.md")
-	if *update {
-		done(t, os.WriteFile(name, []byte(page()), 0o644))
-	}
-	text, err := os.ReadFile(name)
-	done(t, err)
-	if diff := cmp.Diff(page(), string(text)); diff != "" {
-		t.Errorf("go test ./internal/e2e -run TestPageOfConformance -update writes it anew (-want +got):\n%s", diff)
-	}
+	golden.CheckFile(t, filepath.Join("..", "..", "docs", "conformance.md"), page())
 	known := map[string]bool{}
 	for _, c := range cases() {
 		if known[c.name] {
