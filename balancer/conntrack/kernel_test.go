@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
@@ -101,18 +103,8 @@ func host(t testing.TB) {
 // adds the route for it some time after the address, even without DAD.
 func awaitLocal(t testing.TB, addr string) {
 	t.Helper()
-	deadline := time.After(patience)
-	for tick := time.Tick(10 * time.Millisecond); ; {
-		routes := run(t, "ip", "-6", "route", "show", "table", "local")
-		if strings.Contains(routes, "local "+addr+" ") {
-			return
-		}
-		select {
-		case <-tick:
-		case <-deadline:
-			t.Fatalf("no local route for %s:\n%s", addr, routes)
-		}
-	}
+	routes := func() string { return run(t, "ip", "-6", "route", "show", "table", "local") }
+	wait.Until(t, patience, "a local route for "+addr, func() bool { return strings.Contains(routes(), "local "+addr+" ") }, routes)
 }
 
 // empty ends every flow of the namespace.

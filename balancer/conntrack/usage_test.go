@@ -8,21 +8,9 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
-)
 
-// until waits for cond.
-func until(t testing.TB, what string, cond func() bool) {
-	t.Helper()
-	deadline := time.After(patience)
-	for tick := time.Tick(5 * time.Millisecond); !cond(); {
-		select {
-		case <-tick:
-		case <-deadline:
-			t.Fatalf("not within %v: %s", patience, what)
-		}
-	}
-}
+	"nlb/internal/wait"
+)
 
 func usage(t testing.TB, tr *Tracker) Usage {
 	t.Helper()
@@ -82,7 +70,7 @@ func TestUsageTellsOfExhaustedPorts(t *testing.T) {
 		}
 	}()
 	defer func() { cancel(); <-ended }()
-	until(t, "a failed insertion is counted", func() bool { return usage(t, tr).InsertFailed > before.InsertFailed })
+	wait.Until(t, patience, "a failed insertion is counted", func() bool { return usage(t, tr).InsertFailed > before.InsertFailed })
 }
 
 // The kernel says with the event of a flow's end in which state that was.
@@ -105,9 +93,9 @@ func TestResetsAreTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = c.Close()
-	until(t, "the flow is reset", inState(Close))
+	wait.Until(t, patience, "the flow is reset", inState(Close))
 	connect(t, "2001:db8:1::9", "[2001:db8::10]:80", 1)
-	until(t, "another lives", inState(Established))
+	wait.Until(t, patience, "another lives", inState(Established))
 	if n := counts(t, tr, clk)[web].Resets; n != 0 {
 		t.Errorf("%d resets before conntrack has forgotten the flow", n)
 	}

@@ -225,13 +225,3 @@ func parseSighting(b []byte) (number uint32, s sighting, ok bool) {
 
 // patience bounds every wait for the kernel.
 const patience = 30 * time.Second
-
-// until waits until done, bounded.
-func until(t *testing.T, done func() bool, dump func() string) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !done(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %s", patience, dump())
-		}
-	}
-}

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/vishvananda/netlink"
 	"go.uber.org/zap/zaptest"
 
@@ -345,7 +347,7 @@ func (c *crossing) pass(t *testing.T, d *nft.Dataplane, questions []explain.Ques
 		c.send(q.Protocol, q.Client, q.Destination, uint32(i+1))
 	}
 	seen, dropped = make(map[uint32]sighting), make(map[string]int)
-	until(t, func() bool {
+	wait.Until(t, patience, "all packets", func() bool {
 		c.collect(seen)
 		now, total := countersOf(t, d), 0
 		for reason, counter := range dropCounters {

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/mdlayher/netlink"
 	"go.uber.org/goleak"
@@ -38,11 +40,7 @@ func run(t testing.TB, words string) string {
 
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s did not come true\n%s", what, run(t, "ip addr"))
-		}
-	}
+	wait.Until(t, patience, what, ok, func() string { return run(t, "ip addr") })
 }
 
 // veth makes an interface that is up, with a peer named wire-….

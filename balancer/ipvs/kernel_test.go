@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/ipvs"
 	"github.com/vishvananda/netlink"
@@ -331,15 +333,6 @@ func (c *client) who(t *testing.T) string {
 	return server
 }
 
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never: %s", what)
-		}
-	}
-}
-
 // A connection goes on when its destination leaves and when its service does, and
 // with its end the last trace goes.
 func TestKernelLingering(t *testing.T) {
@@ -365,7 +358,7 @@ func TestKernelLingering(t *testing.T) {
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the service goes with its last connection", func() bool {
+	wait.Until(t, patience, "the service goes with its last connection", func() bool {
 		converge(t, d, table(nil))
 		return len(observed(t, m, everything).services) == 0
 	})
@@ -409,7 +402,7 @@ func TestKernelRelayShare(t *testing.T) {
 		t.Fatalf("%v", count)
 	}
 	leftover := []string{"-A -t 198.51.100.10:80 -s mh -b mh-fallback,mh-port", "-a -t 198.51.100.10:80 -r 198.51.100.10:80 -m -w 1"}
-	eventually(t, "the service is there for the relay's connection alone", func() bool {
+	wait.Until(t, patience, "the service is there for the relay's connection alone", func() bool {
 		converge(t, d, only)
 		return slices.Equal(describe(observed(t, m, everything).services), leftover)
 	})
@@ -425,7 +418,7 @@ func TestKernelRelayShare(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "the service goes with the relay's last connection", func() bool {
+	wait.Until(t, patience, "the service goes with the relay's last connection", func() bool {
 		converge(t, d, only)
 		return len(observed(t, m, everything).services) == 0
 	})
@@ -435,3 +428,6 @@ func TestKernelRelayShare(t *testing.T) {
 		t.Errorf("without IPVS answered by %s", who)
 	}
 }
+
+// patience bounds every wait for the kernel.
+const patience = 30 * time.Second

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
@@ -771,11 +773,7 @@ func (s *directed) asksAgain(what string, l lane, node *lab.Node, change func())
 		replies, err := s.Clients[0].Agent().Call(s.t.Context(), c)
 		done <- outcome{replies, err}
 	}()
-	for deadline := time.Now().Add(patience); s.events().Totals[counterNoTarget] == before; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			s.t.Fatalf("%s: nothing was dropped\n%s", what, s.state())
-		}
-	}
+	wait.Until(s.t, patience, what+": a dropped packet", func() bool { return s.events().Totals[counterNoTarget] > before }, s.state)
 	change()
 	o := <-done
 	if o.err != nil {

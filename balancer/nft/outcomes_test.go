@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/zap"
@@ -187,23 +189,10 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
 }
 
-// until waits for a condition.
-func until(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	deadline := time.After(patience)
-	for tick := time.Tick(10 * time.Millisecond); !holds(); {
-		select {
-		case <-tick:
-		case <-deadline:
-			t.Fatalf("never: %s", what)
-		}
-	}
-}
-
 // ended waits for the error that a connection fails with, nil if it does not.
 func ended(t *testing.T, fd int) error {
 	t.Helper()
-	until(t, "an answer", func() bool {
+	wait.Until(t, patience, "an answer", func() bool {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 0)
 		return err == nil && n > 0
 	})
@@ -220,7 +209,7 @@ func ended(t *testing.T, fd int) error {
 // asked waits until the first segment was sent again twice.
 func asked(t *testing.T, fd int) {
 	t.Helper()
-	until(t, "two retransmissions", func() bool {
+	wait.Until(t, patience, "two retransmissions", func() bool {
 		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 		if err != nil {
 			t.Fatal(err)

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/mdlayher/arp"
 	"github.com/mdlayher/ndp"
@@ -48,11 +50,7 @@ func run(t *testing.T, words string) string {
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s did not come true\n%s", what, run(t, "ip -d addr"))
-		}
-	}
+	wait.Until(t, patience, what, ok, func() string { return run(t, "ip -d addr") })
 }
 
 // eth0 makes eth0, up, with the far end of its cable, wire0, up as well.

@@ -354,14 +354,14 @@ func TestChurn(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		until(t, run, "20 answers", func(l Load) bool { return l.OK >= 20 })
-		if l := until(t, run, "no failure", func(Load) bool { return true }); l.Failed != 0 || l.ByWho["t1"] != l.OK || l.Moves != 0 {
+		met(t, run, "20 answers", func(l Load) bool { return l.OK >= 20 })
+		if l := met(t, run, "no failure", func(Load) bool { return true }); l.Failed != 0 || l.ByWho["t1"] != l.OK || l.Moves != 0 {
 			t.Errorf("%s: %v", c.Network, l)
 		}
 		target.Agent().Kill()
-		until(t, run, "failures", func(l Load) bool { return l.Failed > 5 })
+		met(t, run, "failures", func(l Load) bool { return l.Failed > 5 })
 		target.serve(t, Serve{Who: "t1b", Ports: []uint16{8080}})
-		l := until(t, run, "answers of the new target", func(l Load) bool { return l.ByWho["t1b"] > 5 })
+		l := met(t, run, "answers of the new target", func(l Load) bool { return l.ByWho["t1b"] > 5 })
 		if l.Moves < 1 || l.Gap <= 0 || l.Gap > l.Elapsed {
 			t.Errorf("%s: %v", c.Network, l)
 		}
@@ -377,23 +377,6 @@ func TestChurn(t *testing.T) {
 	}
 	if _, err := client.Agent().Churn(soon(t), Churn{Call: Call{Network: "tcp"}, Keep: true}); err == nil {
 		t.Error("Keep was accepted for tcp")
-	}
-}
-
-func until(t *testing.T, run *Churning, what string, cond func(Load) bool) Load {
-	t.Helper()
-	ctx := soon(t)
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		l, err := run.Load(ctx)
-		if err != nil {
-			t.Fatalf("never %s: %v", what, err)
-		}
-		if cond(l) {
-			return l
-		}
-		<-tick.C
 	}
 }
 

@@ -32,10 +32,13 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// soon bounds a test's waiting. Nothing in a lab takes that long.
+// limit bounds every wait. Nothing in a lab takes that long.
+const limit = 30 * time.Second
+
+// soon bounds a test's waiting.
 func soon(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -3,11 +3,14 @@ package lab
 import (
 	"bufio"
 	"encoding/json"
+	"fmt"
 	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"nlb/internal/wait"
 )
 
 func TestStream(t *testing.T) {
@@ -51,21 +54,19 @@ func TestStream(t *testing.T) {
 	}
 }
 
-func met(t *testing.T, run *Streaming, what string, cond func(Streamed) bool) Streamed {
+// met waits until what goes on has counted something.
+func met[T any](t *testing.T, run *Going[T], what string, cond func(T) bool) T {
 	t.Helper()
 	ctx := soon(t)
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		s, err := run.Load(ctx)
-		if err != nil {
+	var counts T
+	wait.Until(t, limit, what, func() bool {
+		var err error
+		if counts, err = run.Load(ctx); err != nil {
 			t.Fatalf("never %s: %v", what, err)
 		}
-		if cond(s) {
-			return s
-		}
-		<-tick.C
-	}
+		return cond(counts)
+	}, func() string { return fmt.Sprintf("%+v", counts) })
+	return counts
 }
 
 // TestBurst has targets that answer wrongly.

@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"go.uber.org/zap"
 
 	"nlb/balancer/nft"
@@ -171,11 +173,7 @@ func (l *fastLab) run(name string, args ...string) string {
 
 func (l *fastLab) until(what string, ok func() bool) {
 	l.t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			l.t.Fatalf("not within %v: %s\n%s", patience, what, l.logged())
-		}
-	}
+	wait.Until(l.t, patience, what, ok, l.logged)
 }
 
 // targets answer each line with it and their name.

@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/nstest"
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/internal/browser"
@@ -83,45 +86,25 @@ func command(t *testing.T, args ...string) []byte {
 	return out
 }
 
-// greet listens at an address as a target does, until it is closed.
-func greet(t *testing.T, at string) net.Listener {
-	t.Helper()
-	l, err := net.Listen("tcp", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			_ = c.Close()
-		}
-	}()
-	return l
-}
+// greet is all that a target does for its health check.
+func greet(net.Conn) {}
 
 // getWithin asks until there is an answer: the daemon has just been started.
 func getWithin(t *testing.T, limit time.Duration, url string) []byte {
 	t.Helper()
-	var last error
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	var body []byte
+	wait.For(t, limit, url, func() error {
 		response, err := http.Get(url)
 		if err != nil {
-			last = err
-			continue
+			return err
 		}
-		body, err := io.ReadAll(response.Body)
-		_ = response.Body.Close()
-		if err == nil && response.StatusCode == http.StatusOK {
-			return body
+		defer func() { _ = response.Body.Close() }()
+		if body, err = io.ReadAll(response.Body); err == nil && response.StatusCode != http.StatusOK {
+			err = fmt.Errorf("%s: %s", response.Status, body)
 		}
-		last = fmt.Errorf("%s: %s", response.Status, body)
-	}
-	t.Fatal(last)
-	return nil
+		return err
+	})
+	return body
 }
 
 // shape is a JSON document with the kinds of its values in their places.
@@ -158,8 +141,8 @@ func TestStatusPage(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 	}
-	greet(t, "10.0.1.11:8080")
-	second := greet(t, "10.0.1.12:8080")
+	nstest.Serve(t, "10.0.1.11:8080", greet)
+	second := nstest.Serve(t, "10.0.1.12:8080", greet)
 	socket := serving(t, pageConfig)
 
 	const page = "http://127.0.0.1:9469/"

@@ -12,7 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
+
+	"nlb/internal/wait"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -92,12 +93,10 @@ func (p *planned) start() {
 		p.t.Fatal(err)
 	}
 	p.t.Cleanup(func() { p.stop(cmd, log) })
-	for deadline := time.Now().Add(patience); !p.judged(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			said, err := os.ReadFile(p.log)
-			p.t.Fatalf("no verdicts within %v (%v); the daemon's log:\n%s", patience, err, said)
-		}
-	}
+	wait.Until(p.t, patience, "the verdicts", p.judged, func() string {
+		said, err := os.ReadFile(p.log)
+		return fmt.Sprintf("the daemon's log (%v):\n%s", err, said)
+	})
 }
 
 // stop ends the daemon and removes what it made.

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -8,6 +10,8 @@ import (
 	"os/exec"
 	"testing"
 	"time"
+
+	"nlb/internal/wait"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -112,10 +116,14 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) == 0 {
 		ts.Fatalf("usage: await command...")
 	}
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if err := ts.Exec(args[0], args[1:]...); (err != nil) == neg {
-			return
+	err := wait.Try(limit, func() error {
+		if err := ts.Exec(args[0], args[1:]...); (err != nil) != neg {
+			return cmp.Or(err, errors.New("it succeeded"))
 		}
+		return nil
+	})
+	if err == nil {
+		return
 	}
 	ts.Fatalf("%v: not within %v, last said:\n%s%s", args, limit, ts.ReadFile("stdout"), ts.ReadFile("stderr"))
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"path/filepath"
@@ -9,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"nlb/internal/wait"
 
 	"go.uber.org/zap/zaptest"
 
@@ -132,11 +135,7 @@ func TestWatchdogStarvesWhenTheLoopHangs(t *testing.T) {
 	w := watchdog{alive: alive.Err, fed: true, log: log}
 	lookUntil := func(isAlive bool) {
 		t.Helper()
-		for deadline := time.Now().Add(20 * time.Second); (alive.Err() == nil) != isAlive; time.Sleep(resync) {
-			if time.Now().After(deadline) {
-				t.Fatalf("not within 20s: alive %v", isAlive)
-			}
-		}
+		wait.Until(t, patience, fmt.Sprintf("alive %v", isAlive), func() bool { return (alive.Err() == nil) == isAlive })
 		w.look()
 	}
 	lookUntil(true)

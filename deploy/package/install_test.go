@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
@@ -142,7 +144,7 @@ func TestLifeOfAPackage(t *testing.T) {
 		}
 		daemon, relay := m.property(t, "nlb", "MainPID"), m.property(t, "nlb-relay", "MainPID")
 		dpkg(t, "--install", newDeb)
-		await(t, "the new relay to take over", func() error {
+		wait.For(t, patience, "the new relay to take over", func() error {
 			if now := m.property(t, "nlb-relay", "MainPID"); now == relay {
 				return fmt.Errorf("the relay is still %s", now)
 			}
@@ -182,7 +184,7 @@ func TestLifeOfAPackage(t *testing.T) {
 	t.Run("a relay that is killed is started again", func(t *testing.T) {
 		relay := m.property(t, "nlb-relay", "MainPID")
 		m.run(t, "kill", "-KILL", relay)
-		await(t, "another relay", func() error {
+		wait.For(t, patience, "another relay", func() error {
 			if now := m.property(t, "nlb-relay", "MainPID"); now == relay || now == "0" {
 				return fmt.Errorf("the relay is %s", now)
 			}

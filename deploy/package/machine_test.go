@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -67,7 +69,7 @@ func boot(t *testing.T) machine {
 		removeGroup(t, group)
 	})
 	var m machine
-	await(t, "the machine to be up", func() error {
+	wait.For(t, patience, "the machine to be up", func() error {
 		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", cmd.Process.Pid))
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, said())
@@ -90,29 +92,13 @@ func boot(t *testing.T) machine {
 func removeGroup(t *testing.T, name string) {
 	t.Helper()
 	const script = `mount -t cgroup2 cgroup2 "$1" && find "$1/$2" -depth -type d -exec rmdir {} +`
-	await(t, "the control group to be empty", func() error {
+	wait.For(t, patience, "the control group to be empty", func() error {
 		out, err := exec.Command("unshare", "--mount", "sh", "-c", script, "sh", t.TempDir(), name).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
 		return nil
 	})
-}
-
-// await waits until there is no error.
-func await(t *testing.T, what string, condition func() error) {
-	t.Helper()
-	deadline := time.Now().Add(patience)
-	for {
-		err := condition()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s: %v", what, err)
-		}
-		time.Sleep(20 * time.Millisecond) // between two looks
-	}
 }
 
 func (m machine) command(words ...string) *exec.Cmd {

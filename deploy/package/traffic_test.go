@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nlb/internal/wait"
 )
 
 // echo is a target: what comes goes back, a PROXY header too.
@@ -111,7 +113,7 @@ func (c conversation) exchange(n int) error {
 func (m machine) echo(t *testing.T, program, namespace string) {
 	t.Helper()
 	m.run(t, "systemd-run", "--quiet", "--unit=echo-"+namespace, "--setenv="+act+"=echo", "ip", "netns", "exec", namespace, program, ":7")
-	await(t, "the target to listen", func() error {
+	wait.For(t, patience, "the target to listen", func() error {
 		listening, err := m.try("ip", "netns", "exec", namespace, "ss", "--listening", "--tcp", "--numeric", "--no-header", "sport = 7")
 		if err == nil && listening == "" {
 			err = errors.New("it does not")

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
@@ -140,7 +142,7 @@ func (x *trial) interrupt(end func(*daemon), how string) {
 	if load.Failed > 0 || load.OK == 0 {
 		x.t.Errorf("new connections all the time: %v", load)
 	}
-	eventually(x.t, "nothing to change", d.planned)
+	wait.For(x.t, limit, "nothing to change", d.planned)
 }
 
 // changesDataplane goes to the other dataplane and back.

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"go.yaml.in/yaml/v3"
 
 	"nlb/balancer"
@@ -520,7 +522,7 @@ func (k *kept) ends(t *testing.T, when, of string) {
 			k.explain(t, of)
 		}
 	}()
-	eventually(t, fmt.Sprintf("%v, %s: resets", k.f, when), func() error {
+	wait.For(t, limit, fmt.Sprintf("%v, %s: resets", k.f, when), func() error {
 		for _, x := range k.now(t, of) {
 			if x.Now.Err != lab.Reset {
 				return fmt.Errorf("a flow of %s: %+v", of, x.Now)
@@ -559,7 +561,7 @@ func (k *kept) explain(t *testing.T, of string) {
 // moves waits until the flows that a target has are answered by another.
 func (k *kept) moves(t *testing.T, when, of, to string) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%v, %s: flows move", k.f, when), func() error {
+	wait.For(t, limit, fmt.Sprintf("%v, %s: flows move", k.f, when), func() error {
 		for _, x := range k.now(t, of) {
 			if x.Now.Who != to {
 				return fmt.Errorf("a flow of %s: %+v", of, x.Now)

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 
+	"nlb/internal/wait"
+
 	"nlb/balancer"
 	"nlb/bench/lab"
 )
@@ -479,7 +481,7 @@ func counts(x *trial, f flavour) {
 	const calls = 7
 	before := total()
 	x.seen(x.top.Clients[0], f, "counted", calls, f.addr(x.top.Clients[0]))
-	eventually(x.t, x.note(f, "flows are counted"), func() error {
+	wait.For(x.t, limit, x.note(f, "flows are counted"), func() error {
 		// Both protocols of a family are counted together.
 		if rose := total() - before; rose < calls || rose > 2*calls {
 			return fmt.Errorf("%d for %d calls", rose, calls)
@@ -502,7 +504,7 @@ func shortIdle(s *site, c *conformFile) {
 func idle(x *trial, f flavour) {
 	for listener, want := range map[string]struct{ above, upTo int }{"idle-timeout": {0, 60}, "preserve": {310, 350}} {
 		held(x.t, x.top.Clients[0], lab.Call{Network: "tcp", Dst: f.at(x.port(listener)), Timeout: limit / 2})
-		eventually(x.t, x.note(f, "timeouts"), func() error {
+		wait.For(x.t, limit, x.note(f, "timeouts"), func() error {
 			entries := slices.DeleteFunc(x.d.entries(f.at(x.port(listener))), func(e entry) bool { return e.state != "ESTABLISHED" })
 			if len(entries) == 0 {
 				return errors.New("no flow")

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -78,7 +80,7 @@ func TestIdleTimeout(t *testing.T) {
 		// not acknowledged yet (300 s), the ceiling from the 5 days of its default.
 		for port, want := range map[uint16]struct{ above, upTo int }{81: {0, 60}, 82: {5900, 6000}} {
 			held(t, top.Clients[0], lab.Call{Network: "tcp", Dst: f.at(port), N: flows})
-			eventually(t, fmt.Sprint("timeouts of ", f.at(port)), func() error {
+			wait.For(t, limit, fmt.Sprint("timeouts of ", f.at(port)), func() error {
 				entries := d.entries(f.at(port))
 				if len(entries) != flows {
 					return fmt.Errorf("%d flows", len(entries))

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/balancer"
 	"nlb/balancer/control"
 	"nlb/bench/lab"
@@ -25,14 +27,13 @@ import (
 	"nlb/proxyproto/worker"
 )
 
-// limit bounds every wait of the tests, and glance is the time between two looks.
-// Nothing they wait for takes that long, unless the machine is emulated; then
-// looking often would keep it from what they wait for.
-var limit, glance = func() (time.Duration, time.Duration) {
+// limit bounds every wait of the tests. Nothing they wait for takes that long,
+// unless the machine is emulated.
+var limit = func() time.Duration {
 	if os.Getenv(vm.EnvKernel) != "" {
-		return time.Minute, 300 * time.Millisecond
+		return time.Minute
 	}
-	return 20 * time.Second, 20 * time.Millisecond
+	return 20 * time.Second
 }()
 
 // program is the nlb under test, and racing the same with the race detector.
@@ -129,26 +130,6 @@ func soon(t *testing.T) context.Context {
 	return ctx
 }
 
-// eventually waits until check succeeds, and fails the test with its last error
-// if that takes too long.
-func eventually(t *testing.T, what string, check func() error) {
-	t.Helper()
-	tick := time.NewTicker(glance)
-	defer tick.Stop()
-	expired := time.After(limit)
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-expired:
-			t.Fatalf("%s: not within %v: %v", what, limit, err)
-		}
-	}
-}
-
 // A daemon is nlb serve on a node, with a configuration file, a state folder and
 // a socket of its own. It survives its process: kill or stop, then start.
 type daemon struct {
@@ -202,7 +183,7 @@ func prepare(t *testing.T, top *lab.Topology, config string) *daemon {
 func (d *daemon) start() {
 	d.t.Helper()
 	d.launch()
-	eventually(d.t, "converge", func() error {
+	wait.For(d.t, limit, "converge", func() error {
 		select {
 		case <-d.done:
 			d.t.Fatalf("nlb serve ended: %v\n%s", d.err, d.log)
@@ -464,7 +445,7 @@ func (d *daemon) group(name string) control.TargetGroup {
 // sends to them alone.
 func (d *daemon) waitHealthy(group string, n int) {
 	d.t.Helper()
-	eventually(d.t, fmt.Sprintf("%d healthy in %s", n, group), func() error {
+	wait.For(d.t, limit, fmt.Sprintf("%d healthy in %s", n, group), func() error {
 		healthy, strangers := 0, 0
 		g := d.group(group)
 		for _, t := range g.Targets {

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
@@ -114,7 +116,7 @@ func TestDrain(t *testing.T) {
 	}
 	w.leaks()
 	// There is nothing to change, and plan says what the file does not.
-	eventually(t, "a plan of overrides alone", func() error {
+	wait.For(t, limit, "a plan of overrides alone", func() error {
 		out := d.run("plan", "-c", d.config, "--state-dir", d.state(""))
 		if n := strings.Count(out.stdout, "# override: "); out.code != 0 || n != len(all)*len(families) || n != strings.Count(out.stdout, "\n") {
 			return fmt.Errorf("%+v, want %d overrides", out, len(all)*len(families))
@@ -152,7 +154,7 @@ func TestDrainSurvivesACrash(t *testing.T) {
 			d.kill()
 			avoided(t, "nobody is there", client, cutPort, 40, t1.Name)
 			if missed {
-				eventually(t, "the deadline", func() error {
+				wait.For(t, limit, "the deadline", func() error {
 					if left := time.Until(drained.Add(delay)); left > 0 {
 						return fmt.Errorf("%v left", left)
 					}
@@ -319,7 +321,7 @@ func TestRemovalDrains(t *testing.T) {
 		for _, h := range holdings {
 			h.alive("draining", t1.Name, t2.Name)
 		}
-		eventually(t, "nothing to change", d.planned)
+		wait.For(t, limit, "nothing to change", d.planned)
 	} else {
 		t.Errorf("the machine took %v for what should come before the deadline", late)
 	}
@@ -339,7 +341,7 @@ func TestRemovalDrains(t *testing.T) {
 		holdings[name].alive("after the deadline", t2.Name)
 	}
 	w.leaks()
-	eventually(t, "nothing to change", d.planned)
+	wait.For(t, limit, "nothing to change", d.planned)
 }
 
 // TestRemovedWhileDown takes a target, and a group with its listener, out of the
@@ -371,7 +373,7 @@ func TestRemovedWhileDown(t *testing.T) {
 
 	d.kill()
 	d.write(file(top.Targets[1:], "cut", "kept").String())
-	eventually(t, "longer than the delay", passed(time.Now().Add(delay)))
+	wait.For(t, limit, "longer than the delay", passed(time.Now().Add(delay)))
 	for _, h := range holdings {
 		h.alive("nobody is there", t1.Name, t2.Name)
 	}
@@ -400,7 +402,7 @@ func TestRemovedWhileDown(t *testing.T) {
 		for _, h := range holdings {
 			h.alive("draining", t1.Name, t2.Name)
 		}
-		eventually(t, "nothing to change", d.planned)
+		wait.For(t, limit, "nothing to change", d.planned)
 	} else {
 		t.Errorf("the machine took %v for what should come before the deadline", late)
 	}
@@ -419,7 +421,7 @@ func TestRemovedWhileDown(t *testing.T) {
 	w.spared("cut", holdings["cut"], t2.Name)
 	avoided(t, "after the deadline", client, cutPort, 20, t1.Name)
 	w.leaks()
-	eventually(t, "nothing to change", d.planned)
+	wait.For(t, limit, "nothing to change", d.planned)
 	// What is over is not begun again by the next start.
 	d.kill()
 	d.start()

@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/balancer"
 	"nlb/bench/lab"
 )
@@ -87,5 +89,5 @@ func TestManyChangesUnderLoad(t *testing.T) {
 		d.disappears("web", n)
 	}
 	check("at the end")
-	eventually(t, "nothing to change", d.planned)
+	wait.For(t, limit, "nothing to change", d.planned)
 }

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
@@ -113,14 +115,14 @@ func removedUnhealthy(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.disappears("web", t1)
-	eventually(t, "nothing of it is left", func() error {
+	wait.For(t, limit, "nothing of it is left", func() error {
 		if d.mentions(t1) {
 			return errors.New("the table names it")
 		}
 		return nil
 	})
 	avoided(t, "removed", client, webPort, 40, t1.Name)
-	eventually(t, "nothing to change", d.planned)
+	wait.For(t, limit, "nothing to change", d.planned)
 }
 
 func repairedCheck(t *testing.T) {

@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/balancer"
 	"nlb/bench/lab"
 )
@@ -84,8 +86,8 @@ func failsItsClients(t *testing.T, verdict string) {
 		}
 	}
 	// A daemon that comes back goes on with it; a plan knows of it.
-	eventually(t, "a plan with holds", d.planned)
-	eventually(t, "holds that are written down", func() error {
+	wait.For(t, limit, "a plan with holds", d.planned)
+	wait.For(t, limit, "holds that are written down", func() error {
 		if n := strings.Count(read(d.state("health.json")), `"held"`); n != 2*len(families) {
 			return fmt.Errorf("%d of them", n)
 		}

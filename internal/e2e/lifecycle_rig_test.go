@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
@@ -88,7 +90,7 @@ func (d *daemon) stands(group string, n *lab.Node, state balancer.State, reason 
 // becomes waits until both targets of a node are in a state.
 func (d *daemon) becomes(group string, n *lab.Node, state balancer.State, reason string) {
 	d.t.Helper()
-	eventually(d.t, fmt.Sprintf("%s in %s: %v", n.Name, group, state), func() error {
+	wait.For(d.t, limit, fmt.Sprintf("%s in %s: %v", n.Name, group, state), func() error {
 		return d.stands(group, n, state, reason)
 	})
 }
@@ -96,7 +98,7 @@ func (d *daemon) becomes(group string, n *lab.Node, state balancer.State, reason
 // disappears waits until a group does not know a node any more.
 func (d *daemon) disappears(group string, n *lab.Node) {
 	d.t.Helper()
-	eventually(d.t, n.Name+" leaves "+group, func() error {
+	wait.For(d.t, limit, n.Name+" leaves "+group, func() error {
 		if found := d.standing(group, n); len(found) > 0 {
 			return fmt.Errorf("still there: %+v", found)
 		}
@@ -244,7 +246,7 @@ func (w *witness) cut(what string, h *holding, who string, earliest, latest time
 func (w *witness) reset(what string, to netip.AddrPort, flows []lab.Reply, earliest, latest time.Time) {
 	w.t.Helper()
 	var times []time.Time
-	eventually(w.t, fmt.Sprintf("%s to %v: resets", what, to), func() error {
+	wait.For(w.t, limit, fmt.Sprintf("%s to %v: resets", what, to), func() error {
 		times = w.ends(to, flows)
 		var missing [2]int
 		for j, at := range times {
@@ -491,7 +493,7 @@ func (p *pulse) last() string {
 // found waits until the pulse is answered, and returns by whom.
 func (p *pulse) found(what string) string {
 	p.t.Helper()
-	eventually(p.t, fmt.Sprintf("%s: an answer from %v", what, p.to), func() error {
+	wait.For(p.t, limit, fmt.Sprintf("%s: an answer from %v", what, p.to), func() error {
 		if p.last() == "" {
 			return errors.New("none")
 		}
@@ -508,7 +510,7 @@ const enough = 25
 func (p *pulse) answered(what string, moment time.Time, who ...string) {
 	p.t.Helper()
 	var by heard
-	eventually(p.t, fmt.Sprintf("%s: an answer of %v from %v", what, who, p.to), func() error {
+	wait.For(p.t, limit, fmt.Sprintf("%s: an answer of %v from %v", what, who, p.to), func() error {
 		_, answers := p.since(moment)
 		i := slices.IndexFunc(answers, func(h heard) bool { return slices.Contains(who, h.who) })
 		if i < 0 {
@@ -543,7 +545,7 @@ func (p *pulse) unanswered(what string, moment time.Time) {
 func (p *pulse) after(what string, moment time.Time) []heard {
 	p.t.Helper()
 	var answers []heard
-	eventually(p.t, what+": further questions", func() error {
+	wait.For(p.t, limit, what+": further questions", func() error {
 		var questions int
 		if questions, answers = p.since(moment); questions < enough {
 			return fmt.Errorf("%d", questions)

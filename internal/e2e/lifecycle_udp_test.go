@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -77,7 +79,7 @@ func TestUDPFollows(t *testing.T) {
 	var before []*pulse
 	for i, f := range families {
 		p := beat(t, client, f, netip.AddrPortFrom(later[i], laterPort))
-		eventually(t, "a flow from before the VIP", func() error {
+		wait.For(t, limit, "a flow from before the VIP", func() error {
 			if len(d.entries(p.to)) == 0 {
 				return errors.New("conntrack knows none")
 			}
@@ -142,7 +144,7 @@ func TestUDPFollows(t *testing.T) {
 	}
 
 	// Before the drains, which plan would name.
-	eventually(t, "nothing to change", d.planned)
+	wait.For(t, limit, "nothing to change", d.planned)
 	for i, p := range beats(t, client, drainedPort) {
 		who := p.found("at first")
 		if out := d.override("drain", "drained", families[i].addr(node(t, top, who)).String()); out.code != 0 {

@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/balancer"
 	"nlb/bench/lab"
 )
@@ -59,7 +61,7 @@ func TestUnhealthyTerminates(t *testing.T) {
 	// second probe can have failed, nor stay a second longer than the last verdict.
 	first := before.Add(900 * time.Millisecond)
 	var failed time.Time
-	eventually(t, "both families unhealthy", func() error {
+	wait.For(t, limit, "both families unhealthy", func() error {
 		found := 0
 		for _, x := range d.standing("cut", t1) {
 			if x.State == balancer.Unhealthy {
@@ -130,7 +132,7 @@ func TestUnhealthyTerminates(t *testing.T) {
 	again := hold(t, client, cutPort)
 	// The flows of the time before are over, those of now are not touched.
 	again.alive("healthy again", t1.Name, t2.Name)
-	eventually(t, "nothing to change", d.planned)
+	wait.For(t, limit, "nothing to change", d.planned)
 }
 
 // pulsesAt begins a pulse per family that a target answers.

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -72,7 +74,7 @@ func TestNginx(t *testing.T) {
 		}
 	}
 	slices.Sort(want)
-	eventually(t, "nginx's log", func() error {
+	wait.For(t, limit, "nginx's log", func() error {
 		text, err := os.ReadFile(filepath.Join(dir, "access.log"))
 		if err != nil {
 			return err
@@ -110,7 +112,7 @@ const iperfPort = 5201
 func iperf(t *testing.T, n *lab.Node) {
 	t.Helper()
 	daemonize(t, n, "iperf3", "-s", "-p", fmt.Sprint(iperfPort))
-	eventually(t, "iperf3", func() error {
+	wait.For(t, limit, "iperf3", func() error {
 		listening, err := tool(t, n, "ss", "-Hltn", fmt.Sprint("sport = ", iperfPort))
 		if err == nil && listening == "" {
 			err = fmt.Errorf("nobody listens on %d", iperfPort)

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
@@ -174,7 +176,7 @@ func datagrams(t *testing.T, client, target *lab.Node, f family, dst netip.AddrP
 	here := bindUDP(t, client, netip.AddrPortFrom(f.addr(client), 0), mustNotFragment)
 	peer := deliver(t, "the first datagram", here, there, dst, []byte("hello"))
 	learns := func(who string, from *net.UDPConn, to netip.AddrPort) {
-		eventually(t, who+" to learn the path's MTU", func() error {
+		wait.For(t, limit, who+" to learn the path's MTU", func() error {
 			_, err := from.WriteToUDPAddrPort(make([]byte, large), to)
 			if errors.Is(err, unix.EMSGSIZE) {
 				return nil

@@ -18,6 +18,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
@@ -155,7 +157,7 @@ func TestProbeHasNoSource(t *testing.T) {
 	}
 	seen := capture(t, top.LB, top.Targets[0].Name)
 	d := start(t, top, cfg.String())
-	eventually(t, "unhealthy", func() error {
+	wait.For(t, limit, "unhealthy", func() error {
 		for _, g := range d.status().TargetGroups {
 			for _, x := range g.Targets {
 				if x.State != balancer.Unhealthy {

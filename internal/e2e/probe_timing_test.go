@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -108,7 +110,7 @@ func probeTiming(t *testing.T, death probeDeath) {
 	d.waitHealthy("web", 4)
 	for _, f := range families {
 		client := f.addr(top.Clients[0])
-		eventually(t, "flows of the revived target, IPv"+f.name, func() error {
+		wait.For(t, limit, "flows of the revived target, IPv"+f.name, func() error {
 			flows := probeFirsts(packets(t, seen, func(p lab.Packet) bool { return probeOpens(p) && p.Src == client }))
 			_, err := probeNth(flows, revived, 1)
 			return err

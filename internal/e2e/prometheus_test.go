@@ -17,6 +17,8 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -53,7 +55,7 @@ func TestPrometheus(t *testing.T) {
 	}
 	p := startPrometheus(t, top.LB)
 	// NLBDaemonAbsent may fire until the daemon has its port.
-	eventually(t, "a scrape, and no alert", func() error {
+	wait.For(t, limit, "a scrape, and no alert", func() error {
 		if err := p.is("up", 1); err != nil {
 			return err
 		}
@@ -82,7 +84,7 @@ func TestPrometheus(t *testing.T) {
 		`count(nlb_target_processed_bytes_total > 0)`: 4, // of two groups and targets, by IPv4
 		`count(nlb_target_processed_packets_total{target_group="mail"}>=0)`: 0,
 	} {
-		eventually(t, query, func() error { return p.is(query, want) })
+		wait.For(t, limit, query, func() error { return p.is(query, want) })
 	}
 
 	top.Targets[1].Agent().Kill()
@@ -95,7 +97,7 @@ func TestPrometheus(t *testing.T) {
 		t.Error("a bad file was taken")
 	}
 	want := []string{"NLBHairpinDropped", "NLBReloadFailed", "NLBTargetUnhealthy"}
-	eventually(t, "alerts", func() error {
+	wait.For(t, limit, "alerts", func() error {
 		if got := p.firing(t); !slices.Equal(got, want) {
 			return fmt.Errorf("firing %v, want %v", got, want)
 		}
@@ -111,7 +113,7 @@ func TestPrometheus(t *testing.T) {
 	}
 	for title, queries := range dashboard(t) {
 		for _, q := range queries {
-			eventually(t, "dashboard, "+title+": "+q, func() error {
+			wait.For(t, limit, "dashboard, "+title+": "+q, func() error {
 				samples, err := p.query(q)
 				if err == nil && len(samples) == 0 {
 					err = fmt.Errorf("no result")

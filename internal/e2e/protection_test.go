@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer/control"
@@ -224,7 +226,7 @@ func TestSYNProxyTurnsAway(t *testing.T) {
 		for _, flags := range strays {
 			inject(t, top.Clients[0], from, f.at(closed), everywhere[0], flags)
 		}
-		eventually(t, "cookies that are none", func() error {
+		wait.For(t, limit, "cookies that are none", func() error {
 			if n := d.synproxy()["cookie_invalid"] - before; n < 3 {
 				return fmt.Errorf("%d", n)
 			}
@@ -378,7 +380,7 @@ func TestSourceLimit(t *testing.T) {
 			if err := flows.Close(); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, what+", after others ended", func() error {
+			wait.For(t, limit, what+", after others ended", func() error {
 				if got := call(t, one, lab.Call{Network: "tcp", Dst: f.at(port), Timeout: briefly}); got.Failed > 0 {
 					return fmt.Errorf("%v", got)
 				}
@@ -448,7 +450,7 @@ func TestConntrackFull(t *testing.T) {
 		}
 	}
 	// Some of others' flows may have ended just then, and made room.
-	eventually(t, "drops of new flows", func() error {
+	wait.For(t, limit, "drops of new flows", func() error {
 		in, dropped := d.counter("t1.web")-admitted, int(usage().DropsTotal-full.DropsTotal)
 		if dropped < syns-in || in > syns/10 {
 			return fmt.Errorf("%d were counted for %d new flows, of which %d got in", dropped, syns, in)
@@ -472,7 +474,7 @@ func TestConntrackFull(t *testing.T) {
 	if got := call(t, top.Clients[0], lab.Call{Network: "tcp", Dst: dst, N: 20}); got.OK != 20 {
 		t.Errorf("when there is room again: %v", got)
 	}
-	eventually(t, "the alarm's end", func() error {
+	wait.For(t, limit, "the alarm's end", func() error {
 		if u := usage(); u.Alarm {
 			return fmt.Errorf("%+v", u)
 		}
@@ -601,7 +603,7 @@ func TestSourcePortsExhausted(t *testing.T) {
 	failures := func() int { return int(d.status().Conntrack.InsertFailuresTotal) }
 	send(2 * ports)
 	// The kernel looks at some ports at random and not at all: the last ones may stay free.
-	eventually(t, "one source", func() error {
+	wait.For(t, limit, "one source", func() error {
 		got, failed := sourced(top.LB.Addr4), failures()
 		if got < ports*9/10 || got > ports || failed != 2*ports-got {
 			return fmt.Errorf("of %d flows %d got one of %d ports, and %d failures were counted", 2*ports, got, ports, failed)
@@ -619,7 +621,7 @@ func TestSourcePortsExhausted(t *testing.T) {
 	}
 	before := failures()
 	send(4 * ports) // a hash shares them out
-	eventually(t, "two sources", func() error {
+	wait.For(t, limit, "two sources", func() error {
 		if got := sourced(second); got < ports*9/10 || failures() == before {
 			return fmt.Errorf("%d flows from the second source, of %d ports; %d failures", got, ports, failures()-before)
 		}

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
@@ -106,7 +108,7 @@ func TestRelayBulk(t *testing.T) {
 	took := time.Since(begun)
 	t.Logf("%d connections with %d MB each way: %v, %.1f Gbit/s", streams, size/1_000_000, took.Round(time.Millisecond),
 		float64(2*streams*size*8)/took.Seconds()/1e9)
-	eventually(t, "targets come to an end", func() error {
+	wait.For(t, limit, "targets come to an end", func() error {
 		mu.Lock()
 		defer mu.Unlock()
 		if len(ends) < streams {

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
@@ -68,7 +70,7 @@ func TestRelayCrowd(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "the crowd has left", func() error {
+	wait.For(t, limit, "the crowd has left", func() error {
 		active := 0
 		for _, x := range d.group("web").Targets {
 			active += int(*x.ActiveFlows)
@@ -155,7 +157,7 @@ func TestRelayIsFull(t *testing.T) {
 			for _, flows := range h.flows {
 				present += len(flows.Opened)
 			}
-			eventually(t, "some are served", func() error {
+			wait.For(t, limit, "some are served", func() error {
 				if gather(); present+len(served) < how.least {
 					return fmt.Errorf("%d", len(served))
 				}
@@ -168,7 +170,7 @@ func TestRelayIsFull(t *testing.T) {
 				t.Errorf("%d connections are served, want %d at most", present+places, how.most)
 			}
 			// Each that leaves makes room, until all had their turn.
-			eventually(t, "all that wait are served", func() error {
+			wait.For(t, limit, "all that wait are served", func() error {
 				gather()
 				for i := range served {
 					if conns[i] != nil {

@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/balancer"
 	"nlb/bench/lab"
 )
@@ -244,5 +246,5 @@ func relayComesAndGoes(t *testing.T, setting map[string]any) {
 	if now := d.relay(); now != pid {
 		t.Errorf("relay %d follows %d", now, pid)
 	}
-	eventually(t, "nothing to change", d.planned)
+	wait.For(t, limit, "nothing to change", d.planned)
 }

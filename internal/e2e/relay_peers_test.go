@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"nlb/balancer"
 	"nlb/bench/lab"
 )
@@ -250,7 +252,7 @@ func TestRelayVerify(t *testing.T) {
 			t.Fatalf("%q: %v", answer, err)
 		}
 	}
-	eventually(t, "counts of relayed flows", func() error {
+	wait.For(t, limit, "counts of relayed flows", func() error {
 		now := d.group("strict")
 		if now.ClientIP != balancer.ProxyProtocolV2 {
 			return fmt.Errorf("the mode is %v", now.ClientIP)

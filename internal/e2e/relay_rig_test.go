@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	goproxy "github.com/pires/go-proxyproto"
 	"golang.org/x/sys/unix"
 
@@ -291,7 +293,7 @@ func (d *daemon) startRelay(before []string, options ...string) int {
 		_ = cmd.Process.Kill()
 		<-ended
 	})
-	eventually(d.t, "another relay takes over", func() error {
+	wait.For(d.t, limit, "another relay takes over", func() error {
 		select {
 		case err := <-ended:
 			ended <- err

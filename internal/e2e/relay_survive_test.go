@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
@@ -45,7 +47,7 @@ func relayedServices(t *testing.T) (*lab.Topology, config) {
 // has to be waited for.
 func gone(t *testing.T, pid int) {
 	t.Helper()
-	eventually(t, fmt.Sprint("process ", pid, " ends"), func() error {
+	wait.For(t, limit, fmt.Sprint("process ", pid, " ends"), func() error {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) || strings.Contains(string(stat), ") Z ") {
 			return nil
@@ -148,7 +150,7 @@ func TestRelayIsKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 		// One that came before the death was complete may be cut off.
-		eventually(t, "a client is served", func() error {
+		wait.For(t, limit, "a client is served", func() error {
 			got := call(t, client, lab.Call{Network: "tcp", Dst: families[0].at(webPort), Timeout: patience})
 			if got.Failed > got.ByErr[lab.Reset]+got.ByErr[lab.Closed] {
 				t.Errorf("kill %d: the first client: %v", i, got)
@@ -162,7 +164,7 @@ func TestRelayIsKilled(t *testing.T) {
 		if took > patience {
 			t.Errorf("kill %d: no client was served for %v", i, took)
 		}
-		eventually(t, "another relay", func() error {
+		wait.For(t, limit, "another relay", func() error {
 			now, err := d.relayPID()
 			if err == nil && now == pid {
 				err = errors.New("the same")
@@ -209,7 +211,7 @@ func TestRelayUpgrades(t *testing.T) {
 	}
 	t.Logf("%d upgrades took %v", upgrades, time.Since(begun).Round(time.Millisecond))
 	// The first has the held connections; those between have none and are gone.
-	eventually(t, "those without connections end", func() error {
+	wait.For(t, limit, "those without connections end", func() error {
 		alive := d.relays()
 		alive = slices.DeleteFunc(alive, func(pid int) bool {
 			stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -232,7 +234,7 @@ func TestRelayUpgrades(t *testing.T) {
 		}
 		return flows
 	}
-	eventually(t, "held flows are counted", func() error {
+	wait.For(t, limit, "held flows are counted", func() error {
 		if n := count(); n < uint64(len(families)*heldFlows) {
 			return fmt.Errorf("%d", n)
 		}

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"nlb/balancer/control"
 	"nlb/bench/lab"
 )
@@ -265,7 +267,7 @@ func hearNotifications(t *testing.T) *notifications {
 func (n *notifications) next(t *testing.T, pattern string) {
 	t.Helper()
 	re := regexp.MustCompile(pattern)
-	eventually(t, "notification "+pattern, func() error {
+	wait.For(t, limit, "notification "+pattern, func() error {
 		n.mu.Lock()
 		defer n.mu.Unlock()
 		for i, text := range n.said {

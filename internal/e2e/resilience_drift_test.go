@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/bench/lab"
@@ -129,7 +131,7 @@ func TestDriftIsRepaired(t *testing.T) {
 		}
 		if err != nil {
 			t.Errorf("not repaired within %v: %v", within, err)
-			eventually(t, "a late repair", func() error { return d.holds(table, sysctls, vips) })
+			wait.For(t, limit, "a late repair", func() error { return d.holds(table, sysctls, vips) })
 		}
 		if err := d.planned(); err != nil {
 			t.Error(err)
@@ -149,7 +151,7 @@ func TestDriftIsRepaired(t *testing.T) {
 			repairs := d.status().Apply.DriftRepairsTotal
 			x.do(t, top.LB)
 			begun := time.Now()
-			eventually(t, "a repair", func() error {
+			wait.For(t, limit, "a repair", func() error {
 				if d.status().Apply.DriftRepairsTotal == repairs {
 					return errors.New("none is counted")
 				}

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/bench/lab"
@@ -130,7 +132,7 @@ func TestStrangersAreLeftAlone(t *testing.T) {
 	for _, script := range []string{"delete table inet nlb", "flush table inet nlb"} {
 		repairs := d.status().Apply.DriftRepairsTotal
 		must(t, lb, "nft", script)
-		eventually(t, "a repair", func() error {
+		wait.For(t, limit, "a repair", func() error {
 			if d.status().Apply.DriftRepairsTotal == repairs {
 				return errors.New("none is counted")
 			}

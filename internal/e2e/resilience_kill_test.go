@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -172,7 +174,7 @@ func TestKillDuringTheFirstStart(t *testing.T) {
 		}
 		d.start()
 		// It learns of the targets' health at its own pace.
-		eventually(t, fmt.Sprintf("after kill %d, which left %s", i, found), d.planned)
+		wait.For(t, limit, fmt.Sprintf("after kill %d, which left %s", i, found), d.planned)
 		works(t, top, fmt.Sprintf("after kill %d, which left %s", i, found))
 		d.kill()
 	}

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -90,7 +92,7 @@ func TestHangUpReloads(t *testing.T) {
 	const sighup = 1
 	d.write(variant(top, 0).String())
 	d.signal(sighup)
-	eventually(t, "second configuration", func() error {
+	wait.For(t, limit, "second configuration", func() error {
 		if s := d.status(); s.Apply.Generation != 2 || len(s.Listeners) != 6 {
 			return fmt.Errorf("configuration %d, %d listeners", s.Apply.Generation, len(s.Listeners))
 		}
@@ -99,7 +101,7 @@ func TestHangUpReloads(t *testing.T) {
 	s := listenForSilence(t, top.LB)
 	d.write("listeners: [")
 	d.signal(sighup)
-	eventually(t, "the error", func() error {
+	wait.For(t, limit, "the error", func() error {
 		if !strings.Contains(d.log.String(), "reload failed, the former configuration stays in force") {
 			return errors.New("not logged")
 		}

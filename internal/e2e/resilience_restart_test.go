@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
@@ -72,7 +74,7 @@ func TestRestartKeepsDeadTargetsOut(t *testing.T) {
 	d := start(t, top, twoServices(top, top.Targets...).String())
 	d.waitHealthy("web", 4)
 	d.waitHealthy("dns", 4)
-	eventually(t, "verdicts", func() error {
+	wait.For(t, limit, "verdicts", func() error {
 		for _, g := range []string{"web", "dns"} {
 			for _, x := range d.group(g).Targets {
 				if x.State == balancer.Initial {
@@ -82,7 +84,7 @@ func TestRestartKeepsDeadTargetsOut(t *testing.T) {
 		}
 		return nil
 	})
-	eventually(t, "their flows are ended", func() error {
+	wait.For(t, limit, "their flows are ended", func() error {
 		if slices.Contains(d.tableWords(), "ended") {
 			return errors.New("there are rules for it")
 		}

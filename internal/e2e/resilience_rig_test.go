@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -98,7 +100,7 @@ func press(t *testing.T, top *lab.Topology) *pressure {
 	}
 	p.check("at the beginning")
 	// Every kept flow has a target before anything happens to targets.
-	eventually(t, "UDP flows", func() error {
+	wait.For(t, limit, "UDP flows", func() error {
 		for _, k := range p.kept {
 			if l := p.load(k); l.OK < 2*keptFlows {
 				return errors.New(l.String())
@@ -210,7 +212,7 @@ func (s *silence) mark(name string) {
 	s.t.Helper()
 	const again = 25 // looks of eventually
 	table, looks := "mark-"+name, 0
-	eventually(s.t, "mark "+name, func() error {
+	wait.For(s.t, limit, "mark "+name, func() error {
 		if looks++; looks%again == 1 {
 			must(s.t, s.node, "nft", "add table inet "+table+"; delete table inet "+table)
 			must(s.t, s.node, "ip", "address", "add", "192.0.2.1/32", "dev", "lo")
@@ -231,7 +233,7 @@ func (s *silence) settle() {
 	s.t.Helper()
 	for _, m := range s.monitors {
 		before := -1
-		eventually(s.t, "silence", func() error {
+		wait.For(s.t, limit, "silence", func() error {
 			if now := len(m.out.String()); now != before {
 				before = now
 				return errors.New("still talking")

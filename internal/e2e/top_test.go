@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/charmbracelet/x/ansi"
 	"github.com/charmbracelet/x/vt"
 	"github.com/creack/pty"
@@ -146,7 +148,7 @@ func (x *terminal) written() string {
 func (x *terminal) shows(pattern string) {
 	x.t.Helper()
 	want := regexp.MustCompile("(?m)" + pattern)
-	eventually(x.t, fmt.Sprintf("a screen with %q", pattern), func() error {
+	wait.For(x.t, limit, fmt.Sprintf("a screen with %q", pattern), func() error {
 		if text := x.text(); !want.MatchString(text) {
 			return errors.New("\n" + text)
 		}
@@ -170,7 +172,7 @@ func (x *terminal) restored() {
 		x.t.Errorf("settings of the terminal (-before +after):\n%s", diff)
 	}
 	// What was written before the end may not have been read yet.
-	eventually(x.t, "the terminal as it was", func() error {
+	wait.For(x.t, limit, "the terminal as it was", func() error {
 		x.mu.Lock()
 		defer x.mu.Unlock()
 		if x.screen.IsAltScreen() || x.noCursor {
@@ -218,7 +220,7 @@ func TestTop(t *testing.T) {
 	name := regexp.QuoteMeta(t1)
 	stands := func(s balancer.State) {
 		t.Helper()
-		eventually(t, fmt.Sprintf("%s %v", t1, s), func() error {
+		wait.For(t, limit, fmt.Sprintf("%s %v", t1, s), func() error {
 			for _, x := range d.group("web").Targets {
 				if x.AddrPort().String() == t1 && x.State == s {
 					return nil
@@ -264,7 +266,7 @@ func TestTop(t *testing.T) {
 	d.start()
 	d.waitAllHealthy()
 	x.shows(`^> +` + name + ` +healthy`)
-	eventually(t, "an answer", func() error {
+	wait.For(t, limit, "an answer", func() error {
 		if strings.Contains(x.text(), "NO ANSWER") {
 			return errors.New(x.text())
 		}

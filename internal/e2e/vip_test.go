@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
@@ -32,7 +34,7 @@ func TestVIPOnInterface(t *testing.T) {
 		Listeners: listen("web", "TCP_UDP", 80, "web"),
 		Groups:    []group{near},
 	})
-	eventually(t, "gratuitous ARP", func() error {
+	wait.For(t, limit, "gratuitous ARP", func() error {
 		text := arp.String()
 		// An announcement has the VIP as both ends (RFC 5227 section 3), in either form.
 		for _, want := range []string{"Request who-has 198.51.100.10", "Reply 198.51.100.10 is-at"} {
@@ -72,7 +74,7 @@ func sniff(t *testing.T, n *lab.Node, args ...string) *logBuffer {
 		stop()
 		_ = cmd.Wait() // it was killed
 	})
-	eventually(t, "tcpdump", func() error {
+	wait.For(t, limit, "tcpdump", func() error {
 		if !strings.Contains(out.String(), "listening on") {
 			return errors.New(out.String())
 		}

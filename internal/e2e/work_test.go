@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
@@ -52,8 +54,8 @@ func TestConstantWork(t *testing.T) {
 	calm := w.measure(t, d, workCalm)
 	t.Logf("calm:     %v", calm)
 	w.flap()
-	eventually(t, "the crowd has flapped for a while", w.settled)
-	eventually(t, "its verdicts come to rest", workRests(d))
+	wait.For(t, limit, "the crowd has flapped for a while", w.settled)
+	wait.For(t, limit, "its verdicts come to rest", workRests(d))
 	wild := w.measure(t, d, workWild)
 	t.Logf("flapping: %v", wild)
 
@@ -121,7 +123,7 @@ func workStart(t *testing.T, top *lab.Topology) *daemon {
 		d.err = d.cmd.Wait()
 		close(d.done)
 	}()
-	eventually(t, "all are healthy", func() error {
+	wait.For(t, limit, "all are healthy", func() error {
 		s, err := d.ask()
 		if err != nil {
 			return err

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"nlb/bench/lab"
 )
 
@@ -315,7 +317,7 @@ func (d *daemon) upgrade(to release, end func()) {
 	d.install(to)
 	end()
 	d.start()
-	eventually(d.t, "a relay of "+to.version, func() error {
+	wait.For(d.t, limit, "a relay of "+to.version, func() error {
 		now, err := d.relayPID()
 		if err == nil && now == former {
 			err = errors.New("the former one serves")

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
@@ -322,7 +324,7 @@ func (s *soak) restartDaemon() string {
 func (s *soak) killRelay() string {
 	s.t.Helper()
 	var pid int
-	eventually(s.t, "a relay", func() (err error) {
+	wait.For(s.t, limit, "a relay", func() (err error) {
 		pid, err = s.d.relayPID()
 		return err
 	})
@@ -400,8 +402,8 @@ func (s *soak) calm() {
 		s.t.Fatal(err)
 	}
 	s.d.waitAllHealthy()
-	eventually(s.t, "nothing to change", s.d.planned)
-	eventually(s.t, "what happened has passed", func() error {
+	wait.For(s.t, limit, "nothing to change", s.d.planned)
+	wait.For(s.t, limit, "what happened has passed", func() error {
 		if s.look(); len(s.pending) > 0 {
 			return fmt.Errorf("%d suspenses", len(s.pending))
 		}
@@ -416,7 +418,7 @@ func (s *soak) goesOn(all []*traffic, streaming int) {
 	for i, x := range all {
 		before[i] = x.met(s.t).well
 	}
-	eventually(s.t, "all traffic goes on", func() error {
+	wait.For(s.t, limit, "all traffic goes on", func() error {
 		for i, x := range all {
 			if got := x.met(s.t); got.well == before[i] || x.kind == ofStreams && got.open != streaming {
 				return fmt.Errorf("%v: %d well, %d streams are open", x, got.well-before[i], got.open)
@@ -477,7 +479,7 @@ func (s *soak) measured() {
 // forgotten waits until conntrack has no flow of ours any more.
 func (s *soak) forgotten() {
 	s.t.Helper()
-	eventually(s.t, "no flows of ours", func() error {
+	wait.For(s.t, limit, "no flows of ours", func() error {
 		left := s.d.tracked(func(e entry) bool { return e.mark != 0 || e.to.Addr() == lab.VIP4 || e.to.Addr() == lab.VIP6 })
 		if len(left) > 0 {
 			return fmt.Errorf("%d, such as %s", len(left), left[0].text)
@@ -510,7 +512,7 @@ func (s *soak) cleared(bare string) {
 	if err := differ("the balancer", bare, s.d.bare()); err != nil {
 		s.t.Errorf("something is left: %v", err)
 	}
-	eventually(s.t, "no relay is left", func() error {
+	wait.For(s.t, limit, "no relay is left", func() error {
 		if left := s.d.relays(); len(left) > 0 {
 			return fmt.Errorf("%v", left)
 		}

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"testing"
 	"time"
+
+	"nlb/internal/wait"
 )
 
 // TestNobodyNotices reloads files that each change something, and replaces daemon
@@ -48,7 +50,7 @@ func TestNobodyNotices(t *testing.T) {
 	}
 	took := time.Since(begun)
 	d.waitAllHealthy()
-	eventually(t, "nothing to change", d.planned)
+	wait.For(t, limit, "nothing to change", d.planned)
 	for _, x := range all {
 		got := x.stop(t)
 		t.Logf("%v: %d well, %d failed", x, got.well, got.failed)
@@ -72,7 +74,7 @@ func untroubled(t *testing.T, when string, all []*traffic, streaming, calls int)
 			before[i] = x.met(t).well
 		}
 	}
-	eventually(t, when, func() error {
+	wait.For(t, limit, when, func() error {
 		made := map[passage]int{}
 		for i, x := range all {
 			got := x.met(t)

@@ -6,8 +6,9 @@ import (
 )
 
 // Serve listens at an address and handles each connection in a goroutine of its
-// own, which closes it. It ends with the test, which it fails if it cannot listen.
-func Serve(t testing.TB, at string, handle func(net.Conn)) {
+// own, which closes it. It ends with the test, which it fails if it cannot listen,
+// or when the listener is closed.
+func Serve(t testing.TB, at string, handle func(net.Conn)) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", at)
 	if err != nil {
@@ -26,4 +27,5 @@ func Serve(t testing.TB, at string, handle func(net.Conn)) {
 			}()
 		}
 	}()
+	return l
 }

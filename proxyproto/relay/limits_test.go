@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -34,7 +36,7 @@ func TestMaxConnections(t *testing.T) {
 	}
 	waits := call(t, vip4) // in the listener's queue
 	io.WriteString(waits, "waits")
-	eventually(t, "the listeners to be shut", func() bool {
+	wait.Until(t, waitAtMost, "the listeners to be shut", func() bool {
 		for _, l := range r.loops {
 			l.mu.Lock()
 			shut := l.shut
@@ -244,7 +246,7 @@ func TestRunReleasesEverything(t *testing.T) {
 		c.Close()
 	}
 	before["socket:"]-- // the listener
-	eventually(t, "the targets to close", func() bool { return opened()["socket:"] <= before["socket:"] })
+	wait.Until(t, waitAtMost, "the targets to close", func() bool { return opened()["socket:"] <= before["socket:"] })
 	if diff := cmp.Diff(before, opened()); diff != "" {
 		t.Errorf("descriptors before and after: %s", diff)
 	}
@@ -295,7 +297,7 @@ func TestRandomOpenings(t *testing.T) {
 	if err := all.Wait(); err != nil {
 		t.Error(err)
 	}
-	eventually(t, "the connections to end", func() bool { return r.Stats().Connections == 0 })
+	wait.Until(t, waitAtMost, "the connections to end", func() bool { return r.Stats().Connections == 0 })
 }
 
 // TestUrgent: urgent bytes travel in the stream.

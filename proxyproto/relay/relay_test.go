@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"golang.org/x/sync/errgroup"
 
 	"nlb/balancer"
@@ -93,7 +95,7 @@ func TestBulk(t *testing.T) {
 	if err := all.Wait(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the connections to end", func() bool { return r.Stats().Connections == 0 })
+	wait.Until(t, waitAtMost, "the connections to end", func() bool { return r.Stats().Connections == 0 })
 	got := r.Stats().Targets[balancer.TargetKey{Group: "web", AddrPort: to}]
 	if want := (TargetStats{New: flows, Answered: flows, Bytes: 2 * flows * size}); got != want {
 		t.Errorf("counted %+v, want %+v", got, want)

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -76,15 +78,6 @@ var (
 	client = netip.MustParseAddr("203.0.113.9")
 	target = netip.MustParseAddrPort("10.0.1.11:8080")
 )
-
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(waitAtMost); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s did not come true", what)
-		}
-	}
-}
 
 func run(t *testing.T, words string) {
 	t.Helper()
@@ -175,9 +168,9 @@ func killWorkers(t *testing.T, socket string) {
 	for _, pid := range workers(t, socket) {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
-	eventually(t, "the end of all workers", func() bool { return len(workers(t, socket)) == 0 })
+	wait.Until(t, waitAtMost, "the end of all workers", func() bool { return len(workers(t, socket)) == 0 })
 	// Without a command line a process may still have files.
-	eventually(t, "the end of their listeners", func() bool { return bindable(netip.AddrPortFrom(vip, 80)) == nil })
+	wait.Until(t, waitAtMost, "the end of their listeners", func() bool { return bindable(netip.AddrPortFrom(vip, 80)) == nil })
 }
 
 // supervise runs m until the test ends or stop is called, which does not say
@@ -250,7 +243,7 @@ func converge(t *testing.T, m *Manager, want *balancer.Table) []string {
 // hello is who serves now, or as soon as a worker that leaves has left.
 func (r *rig) hello() (h Hello) {
 	r.t.Helper()
-	eventually(r.t, "an answer", func() bool {
+	wait.Until(r.t, waitAtMost, "an answer", func() bool {
 		var err error
 		h, err = sayHello(r.t.Context(), r.socket)
 		return err == nil

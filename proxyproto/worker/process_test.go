@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
@@ -107,7 +109,7 @@ func TestLife(t *testing.T) {
 // connection has ended.
 func (r *rig) flows(n int) (flows []Flow) {
 	r.t.Helper()
-	eventually(r.t, "the number of flows", func() bool {
+	wait.Until(r.t, waitAtMost, "the number of flows", func() bool {
 		var err error
 		flows, err = r.Flows(r.t.Context())
 		return err == nil && len(flows) == n
@@ -171,7 +173,7 @@ func TestAdopt(t *testing.T) {
 		t.Errorf("plan %v, error %v", plan, err)
 	}
 	stop = r.supervise(next)
-	eventually(t, "adoption", func() bool { return r.logs.FilterMessage("relay worker is attended").Len() > 0 })
+	wait.Until(t, waitAtMost, "adoption", func() bool { return r.logs.FilterMessage("relay worker is attended").Len() > 0 })
 	if d := cmp.Diff(before, r.hello(), values); d != "" {
 		t.Errorf("worker before and after (-want +got):\n%s", d)
 	}
@@ -199,7 +201,7 @@ func TestKilled(t *testing.T) {
 	const rounds = 5
 	visitors := visitors(t, 4, 80)
 	for range rounds {
-		eventually(t, "attention", func() bool { return r.logs.FilterMessage("relay worker is attended").Len() > len(gaps) })
+		wait.Until(t, waitAtMost, "attention", func() bool { return r.logs.FilterMessage("relay worker is attended").Len() > len(gaps) })
 		pid := r.hello().PID
 		kill(t, pid, unix.SIGKILL)
 		begun := time.Now()
@@ -288,7 +290,7 @@ func TestTakeovers(t *testing.T) {
 		visitors.visits.Load(), long)
 
 	// The flows are all still seen, and the table counts for them.
-	eventually(t, "two workers", func() bool { return len(workers(t, r.socket)) == 2 })
+	wait.Until(t, waitAtMost, "two workers", func() bool { return len(workers(t, r.socket)) == 2 })
 	r.flows(long)
 	want.Pools[0].Destinations[0].Weight, want.Pools[0].Destinations[0].Terminate = 0, true
 	converge(t, r.Manager, want)
@@ -297,7 +299,7 @@ func TestTakeovers(t *testing.T) {
 			t.Errorf("long flow %d was not reset: %v", i, err)
 		}
 	}
-	eventually(t, "one worker", func() bool { return len(workers(t, r.socket)) == 1 })
+	wait.Until(t, waitAtMost, "one worker", func() bool { return len(workers(t, r.socket)) == 1 })
 	stop()
 }
 
@@ -324,7 +326,7 @@ func TestRivals(t *testing.T) {
 	for _, err := range visitors.stop() {
 		t.Errorf("a client: %v", err)
 	}
-	eventually(t, "one worker", func() bool { return len(workers(t, r.socket)) == 1 })
+	wait.Until(t, waitAtMost, "one worker", func() bool { return len(workers(t, r.socket)) == 1 })
 }
 
 // TestRetire: SIGTERM lets connections end, a second one does not; another worker
@@ -335,7 +337,7 @@ func TestRetire(t *testing.T) {
 	stop := r.supervise(r.Manager)
 	converge(t, r.Manager, web(80))
 	for _, again := range []bool{false, true} {
-		eventually(t, "attention", func() bool { return attended(r, r.hello().PID) })
+		wait.Until(t, waitAtMost, "attention", func() bool { return attended(r, r.hello().PID) })
 		old := r.hello().PID
 		c, err := connect(t.Context(), 80)
 		if err != nil {
@@ -345,7 +347,7 @@ func TestRetire(t *testing.T) {
 			t.Fatal(err)
 		}
 		kill(t, old, unix.SIGTERM)
-		eventually(t, "another worker", func() bool {
+		wait.Until(t, waitAtMost, "another worker", func() bool {
 			h, err := sayHello(t.Context(), r.socket)
 			return err == nil && h.PID != old && len(h.Listeners) == 1
 		})
@@ -357,7 +359,7 @@ func TestRetire(t *testing.T) {
 		} else {
 			_ = c.Close()
 		}
-		eventually(t, "the end of the old worker", func() bool { return !slices.Contains(workers(t, r.socket), old) })
+		wait.Until(t, waitAtMost, "the end of the old worker", func() bool { return !slices.Contains(workers(t, r.socket), old) })
 		if err := talk(c); err == nil {
 			t.Error("the connection outlived its worker")
 		}
@@ -385,8 +387,8 @@ func TestOtherVersion(t *testing.T) {
 	visitors := visitors(t, 2, 80)
 	next := r.manager(version)
 	stop := r.supervise(next)
-	eventually(t, "the new version", func() bool { return r.hello().Version == version })
-	eventually(t, "one worker", func() bool { return slices.Equal(workers(t, r.socket), []int{r.hello().PID}) })
+	wait.Until(t, waitAtMost, "the new version", func() bool { return r.hello().Version == version })
+	wait.Until(t, waitAtMost, "one worker", func() bool { return slices.Equal(workers(t, r.socket), []int{r.hello().PID}) })
 	for _, err := range visitors.stop() {
 		t.Errorf("a client: %v", err)
 	}
@@ -412,7 +414,7 @@ func TestProgramOfAnotherVersion(t *testing.T) {
 	stop := r.supervise(next)
 	last := 0
 	for range 3 {
-		eventually(t, "attention for the program's version", func() bool {
+		wait.Until(t, waitAtMost, "attention for the program's version", func() bool {
 			h, err := sayHello(t.Context(), r.socket)
 			if err != nil || h.Version != "v3" || h.PID == last || !attended(r, h.PID) {
 				return false
@@ -509,7 +511,7 @@ func TestDiesUnwanted(t *testing.T) {
 	plain := &balancer.Table{Pools: []balancer.Pool{pool("plain", balancer.SNAT, target)}}
 	converge(t, r.Manager, web(80))
 	kill(t, r.hello().PID, unix.SIGKILL)
-	eventually(t, "the worker's end", func() bool {
+	wait.Until(t, waitAtMost, "the worker's end", func() bool {
 		_, err := sayHello(t.Context(), r.socket)
 		return errors.Is(err, ErrNotRunning)
 	})
@@ -535,7 +537,7 @@ func TestDiesUnknown(t *testing.T) {
 		t.Fatalf("%d sockets, error %v", len(next.sockets), err)
 	}
 	kill(t, hello.PID, unix.SIGKILL)
-	eventually(t, "the worker's end", func() bool { return len(workers(t, r.socket)) == 0 })
+	wait.Until(t, waitAtMost, "the worker's end", func() bool { return len(workers(t, r.socket)) == 0 })
 	converge(t, next, nil)
 	if err := visit(t.Context(), 80); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("where nobody listens: %v", err)
@@ -588,7 +590,7 @@ func TestOrphan(t *testing.T) {
 			t.Error(err)
 		}
 		_ = c.Close()
-		eventually(t, "the orphan's end", func() bool { return slices.Equal(workers(t, r.socket), []int{now.PID}) })
+		wait.Until(t, waitAtMost, "the orphan's end", func() bool { return slices.Equal(workers(t, r.socket), []int{now.PID}) })
 		if names := ownNames(r.socket); !slices.Equal(names, []string{ownName(r.socket, now.PID)}) {
 			t.Errorf("names %q", names)
 		}
@@ -689,7 +691,7 @@ func TestNoLeak(t *testing.T) {
 	serveTarget(t)
 	stop := r.supervise(r.Manager)
 	converge(t, r.Manager, web(80))
-	eventually(t, "attention", func() bool { return attended(r, r.hello().PID) })
+	wait.Until(t, waitAtMost, "attention", func() bool { return attended(r, r.hello().PID) })
 	ports := make([]uint16, 250)
 	for i := range ports {
 		ports[i] = uint16(1000 + i)
@@ -711,7 +713,7 @@ func TestNoLeak(t *testing.T) {
 			t.Fatal(err)
 		}
 		converge(t, r.Manager, web(80))
-		eventually(t, "one worker that is attended", func() bool {
+		wait.Until(t, waitAtMost, "one worker that is attended", func() bool {
 			pids := workers(t, r.socket)
 			return len(pids) == 1 && attended(r, pids[0])
 		})
@@ -721,7 +723,7 @@ func TestNoLeak(t *testing.T) {
 	for range 3 {
 		cycle()
 	}
-	eventually(t, "as many open files as before", func() bool {
+	wait.Until(t, waitAtMost, "as many open files as before", func() bool {
 		return openFiles(t, os.Getpid()) <= here && openFiles(t, r.hello().PID) <= there
 	})
 	t.Logf("open files: controller %d, worker %d", here, there)
@@ -747,6 +749,6 @@ func TestDiesAtOnce(t *testing.T) {
 	// Run goes on trying, and serves as soon as it can.
 	r.table = web(80)
 	stop := r.supervise(r.Manager)
-	eventually(t, "two attempts", func() bool { return r.logs.FilterMessage("relay worker cannot be started").Len() >= 2 })
+	wait.Until(t, waitAtMost, "two attempts", func() bool { return r.logs.FilterMessage("relay worker cannot be started").Len() >= 2 })
 	stop()
 }

@@ -17,6 +17,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"nlb/internal/wait"
+
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -508,7 +510,7 @@ func TestHostile(t *testing.T) {
 		t.Error(err)
 	}
 	slow.close()
-	eventually(t, "as many open files as before", func() bool { return openFiles(t, pid) <= before })
+	wait.Until(t, waitAtMost, "as many open files as before", func() bool { return openFiles(t, pid) <= before })
 
 	// Even where the file's mode lets everybody in, the worker does not.
 	if err := errors.Join(os.Chmod(r.socket, 0o666), chmodAll(r.socket)); err != nil {
@@ -519,7 +521,7 @@ func TestHostile(t *testing.T) {
 	if out, err := knock.CombinedOutput(); err != nil || len(out) > 0 {
 		t.Errorf("nobody: %s, error %v", out, err)
 	}
-	eventually(t, "a word about it", func() bool {
+	wait.Until(t, waitAtMost, "a word about it", func() bool {
 		said, err := os.ReadFile(r.output.Name())
 		return err == nil && strings.Contains(string(said), "may not control the relay")
 	})
