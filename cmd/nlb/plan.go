@@ -74,8 +74,12 @@ Exit codes: 0 nothing to change, 1 failed, 2 changes.`,
 	return cmd
 }
 
+// planAttempts is how often a plan is made at most while the daemon is at work.
+const planAttempts = 5
+
 // plan lists the Parts that would change something, what was taken into account,
-// and the Spec that is in force, if one is, as far as it is known.
+// and the Spec that is in force, if one is, as far as it is known. It is made again
+// when the daemon wrote meanwhile: half of what was seen is from before that.
 func plan(ctx context.Context, cfg *config.Config, socket string) (changes []balancer.PartPlan, seen balancer.View, inForce *balancer.Spec, err error) {
 	k, err := openKernel(cfg.StateDir, socket, cfg.Log, zap.NewNop())
 	if err != nil {
@@ -85,20 +89,31 @@ func plan(ctx context.Context, cfg *config.Config, socket string) (changes []bal
 	if err := k.supports(cfg.Spec); err != nil {
 		return nil, seen, nil, err
 	}
-	status, err := ask(ctx, control.NewClient(socket))
+	client := control.NewClient(socket)
+	status, err := ask(ctx, client)
 	if err != nil {
 		return nil, seen, nil, err
 	}
-	if status != nil {
-		k.nft.Know(status.Numbers())
-	}
-	seen, inForce, err = lookAfter(ctx, cfg, status, k.router)
-	if err != nil {
-		return nil, seen, nil, err
-	}
-	plans, err := balancer.PlanAll(ctx, k.parts, balancer.Forward(cfg.Spec, seen))
-	if err != nil {
-		return nil, seen, nil, err
+	var plans []balancer.PartPlan
+	for range planAttempts {
+		if status != nil {
+			k.nft.Know(status.Numbers())
+		}
+		seen, inForce, err = lookAfter(ctx, cfg, status, k.router)
+		if err != nil {
+			return nil, seen, nil, err
+		}
+		plans, err = balancer.PlanAll(ctx, k.parts, balancer.Forward(cfg.Spec, seen))
+		if err != nil {
+			return nil, seen, nil, err
+		}
+		before := status
+		if status, err = ask(ctx, client); err != nil {
+			return nil, seen, nil, err
+		}
+		if wroteNothing(before, status) {
+			break
+		}
 	}
 	for _, p := range plans {
 		if !p.Plan.Empty() {
@@ -106,6 +121,15 @@ func plan(ctx context.Context, cfg *config.Config, socket string) (changes []bal
 		}
 	}
 	return changes, seen, inForce, nil
+}
+
+// wroteNothing reports whether the kernel is as the daemon left it before, going by
+// what it said then and now; nil is said where none runs.
+func wroteNothing(before, now *control.Status) bool {
+	if before == nil || now == nil {
+		return before == now
+	}
+	return before.Apply.Generation == now.Apply.Generation && before.Apply.WritesTotal == now.Apply.WritesTotal
 }
 
 // printOverrides says where the plan differs from the file, because a target was

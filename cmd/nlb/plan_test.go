@@ -42,6 +42,29 @@ func TestPlanTakesUpDrainsAsServeWould(t *testing.T) {
 	}
 }
 
+// What a plan was made of is from one time only if the daemon wrote nothing meanwhile.
+func TestWroteNothing(t *testing.T) {
+	status := func(generation, writes uint64) *control.Status {
+		return &control.Status{Apply: control.Apply{Generation: generation, WritesTotal: writes}}
+	}
+	for _, c := range []struct {
+		name        string
+		before, now *control.Status
+		want        bool
+	}{
+		{"none runs", nil, nil, true},
+		{"it has started", nil, status(1, 0), false},
+		{"it has ended", status(1, 1), nil, false},
+		{"it is at rest", status(1, 1), status(1, 1), true},
+		{"it has written", status(1, 1), status(1, 2), false},
+		{"it has another configuration, which changes nothing", status(1, 1), status(2, 1), false},
+	} {
+		if got := wroteNothing(c.before, c.now); got != c.want {
+			t.Errorf("%s: %v", c.name, got)
+		}
+	}
+}
+
 // Most flows of a host may be others': nobody is asked whose their mark is.
 func TestFlowsOfOthersAreNotLookedUp(t *testing.T) {
 	foreign := conntrack.Flow{Protocol: conntrack.UDP, Mark: 0x2a}
