@@ -4,6 +4,9 @@ GO          ?= go
 FUZZTIME    ?= 10s
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+# For what runs where there is no libc. Compiled as the packages are, it is compiled once.
+STATIC      := CGO_ENABLED=0 GOFLAGS="$${GOFLAGS:-} -trimpath"
+
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -44,10 +47,10 @@ test-vm: need-go deps vmrun build-static ## run tests in emulated machines: KERN
 # Without CGO, as above: the test binary is what runs in its guest. One boot has the
 # guest to itself, since only there the clock counts instructions.
 test-instructions: need-go deps build-static ## count instructions in an emulated machine, and fail if nlb takes 2 % more than is recorded
-	@CGO_ENABLED=0 $(GO) test -v -count=1 -timeout 20m -run '^TestGuest' ./bench/counting
+	@$(STATIC) $(GO) test -v -count=1 -timeout 20m -run '^TestGuest' ./bench/counting
 
 record-instructions: need-go deps build-static ## record what test-instructions counts, in bench/counting/testdata
-	@CGO_ENABLED=0 $(GO) test -count=1 -timeout 20m -run '^TestGuestRatios$$' ./bench/counting -update
+	@$(STATIC) $(GO) test -count=1 -timeout 20m -run '^TestGuestRatios$$' ./bench/counting -update
 
 SOAK ?= 30m
 soak: need-root need-go deps ## live through SOAK (30m) of reloads, drains and deaths under load; NLB_SEED=N has the same ones again; root
@@ -57,10 +60,10 @@ soak-reload: need-root need-go deps ## make 100,000 connections by each client_i
 	@NLB_LONG=1 $(GO) test -v -count=1 -timeout 1h -run '^TestNobodyNotices$$' ./internal/e2e
 
 build-static: need-go ## build bin/nlb-static, which runs where there is no libc
-	@CGO_ENABLED=0 $(GO) build -o bin/nlb-static ./cmd/nlb
+	@$(STATIC) $(GO) build -o bin/nlb-static ./cmd/nlb
 
 vmrun: need-go ## build bin/vmrun, which runs a test binary in an emulated machine
-	@CGO_ENABLED=0 $(GO) build -o bin/vmrun ./internal/vm/vmrun
+	@$(STATIC) $(GO) build -o bin/vmrun ./internal/vm/vmrun
 
 lint: need-go ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l .); \
@@ -95,7 +98,7 @@ bench-scale: need-root need-go ## measure what a thousand listeners cost; root
 
 # Without CGO: there is no libc in a guest. Root only where deps has to install.
 bench-instructions: need-go deps build-static ## count what a packet and a connection cost in instructions, in emulated machines; about 2 min
-	@CGO_ENABLED=0 $(GO) build -buildvcs=auto -o bin/nlb-instructions ./bench/instructions
+	@$(STATIC) $(GO) build -buildvcs=auto -o bin/nlb-instructions ./bench/instructions
 	@exec bin/nlb-instructions -nlb bin/nlb-static
 
 bench-synflood: need-root build ## measure honest connections during a SYN flood, with the SYN proxy and without; about 2 min; root

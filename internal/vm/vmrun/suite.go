@@ -146,7 +146,7 @@ func (p *suitePackage) build(ctx context.Context, dir string) error {
 		return fmt.Errorf("go list %s: one package, please", p.name)
 	}
 	p.binary = filepath.Join(dir, filepath.Base(p.path)+".test")
-	cmd = exec.CommandContext(ctx, tool, "test", "-c", "-o", p.binary, p.name)
+	cmd = exec.CommandContext(ctx, tool, "test", "-c", "-trimpath", "-o", p.binary, p.name)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	if err := cmd.Run(); err != nil {

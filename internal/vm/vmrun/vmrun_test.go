@@ -36,7 +36,7 @@ func buildAndRun(m *testing.M) int {
 		{"test", "-c", "-cover", "-o", probe, "./testdata/probe"},
 	} {
 		cmd := exec.Command("go", args...)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-trimpath")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "%v: %v\n%s", cmd.Args, err, out)
 			return 1
