@@ -76,7 +76,7 @@ func (r *renderedPool) accompanying(p *balancer.Pool, n *numbers) *renderedPool 
 	if r != nil && slices.Equal(r.numbers, nums) && r.pool.Same(p) {
 		return r
 	}
-	out := &renderedPool{pool: *p, numbers: nums, chosen: true}
+	out := &renderedPool{pool: *p, numbers: nums, chosen: true, targets: make(map[targetFacts]*renderedTarget)}
 	for _, f := range families {
 		mine := p.Usable(f.bits)
 		if p.OnlyRelays(mine) {
@@ -84,7 +84,7 @@ func (r *renderedPool) accompanying(p *balancer.Pool, n *numbers) *renderedPool 
 			continue
 		}
 		for _, d := range mine {
-			out.renderTarget(f, d, "", false)
+			out.addTarget(f, r, d, "", false)
 		}
 	}
 	return out

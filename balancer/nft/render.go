@@ -593,8 +593,29 @@ type renderedPool struct {
 	objects []*Object
 	dealt   map[*family]*dealing
 	spare   map[*family]*dealing
+	targets map[targetFacts]*renderedTarget
 	// chosen says that IPVS chooses and rewrites.
 	chosen bool
+}
+
+// A renderedTarget is what became of a target. It is not modified.
+type renderedTarget struct {
+	domain  []netip.Prefix
+	chains  []*Chain
+	sets    []*Set
+	objects []*Object
+}
+
+// targetFacts are what becomes of a target of a pool, besides its domain. Its health
+// is not among that: a verdict has no rule written anew.
+type targetFacts struct {
+	at        netip.AddrPort
+	number    uint16
+	mode      balancer.ClientIP
+	avoidSelf bool
+	second    string // the chain of the second choice; empty for none
+	elsewhere bool   // there is a second choice for the target's own clients
+	chosen    bool
 }
 
 // A dealing is a family's slots and what they follow from. It is not modified.
@@ -667,7 +688,10 @@ func (r *renderedPool) is(p *balancer.Pool, nums []uint16, key balancer.HashKey,
 
 // rendered is what becomes of a pool, with what is left of r, which may be nil.
 func (r *renderedPool) rendered(p *balancer.Pool, nums []uint16, key balancer.HashKey, base int) *renderedPool {
-	out := &renderedPool{pool: *p, numbers: nums, key: key, base: base, dealt: make(map[*family]*dealing), spare: make(map[*family]*dealing)}
+	out := &renderedPool{
+		pool: *p, numbers: nums, key: key, base: base,
+		dealt: make(map[*family]*dealing), spare: make(map[*family]*dealing), targets: make(map[targetFacts]*renderedTarget),
+	}
 	if r != nil && (r.key != key || r.base != base) {
 		r = nil
 	}
@@ -728,7 +752,7 @@ func (r *renderedPool) renderFamily(f *family, before *renderedPool) {
 		}})
 	}
 	for _, d := range mine {
-		r.renderTarget(f, d, second, elsewhere[d])
+		r.addTarget(f, before, d, second, elsewhere[d])
 	}
 }
 
@@ -877,22 +901,43 @@ func (r *renderedPool) slots(f *family, mine []int, word string, slots []int32, 
 	return s
 }
 
+// addTarget adds what becomes of a target, as before it, which may be nil, where
+// nothing that it follows from has changed.
+func (r *renderedPool) addTarget(f *family, before *renderedPool, i int, second string, elsewhere bool) {
+	d := &r.pool.Destinations[i]
+	facts := targetFacts{
+		at: d.AddrPort(), number: r.numbers[i], mode: r.pool.ClientIPOf(d), avoidSelf: r.pool.AvoidSelf,
+		second: second, elsewhere: elsewhere, chosen: r.chosen,
+	}
+	var t *renderedTarget
+	if before != nil {
+		t = before.targets[facts]
+	}
+	if t == nil || !slices.Equal(t.domain, d.Domain) {
+		t = renderTarget(f, r.pool.Name, facts, d.Domain)
+	}
+	r.targets[facts] = t
+	r.chains = append(r.chains, t.chains...)
+	r.sets = append(r.sets, t.sets...)
+	r.objects = append(r.objects, t.objects...)
+}
+
 // renderTarget writes the chain of a chosen target: what happens to a client on
 // the target's own host, and to all others.
-func (r *renderedPool) renderTarget(f *family, at int, second string, elsewhere bool) {
-	p, d, num := &r.pool, &r.pool.Destinations[at], r.numbers[at]
-	mode := p.ClientIPOf(d)
+func renderTarget(f *family, pool string, facts targetFacts, domain []netip.Prefix) *renderedTarget {
+	r := &renderedTarget{domain: domain}
 	c := &Chain{
-		Name:    targetChainName(num, p.Name),
-		Comment: targetChainComment(balancer.TargetKey{Group: p.Name, AddrPort: d.AddrPort()}),
+		Name:    targetChainName(facts.number, pool),
+		Comment: targetChainComment(balancer.TargetKey{Group: pool, AddrPort: facts.at}),
 	}
-	if mode == balancer.ProxyProtocolV2 {
+	second := facts.second
+	if facts.mode == balancer.ProxyProtocolV2 {
 		c.Rules = []Rule{toRelay(f)}
 		r.chains = append(r.chains, c)
 		if second != "" {
-			r.chains = append(r.chains, &Chain{Name: sendChainName(num, p.Name), Rules: c.Rules})
+			r.chains = append(r.chains, &Chain{Name: sendChainName(facts.number, pool), Rules: c.Rules})
 		}
-		return
+		return r
 	}
 	flows := &Object{Name: c.Name, Type: objectCounter}
 	r.chains = append(r.chains, c)
@@ -903,42 +948,43 @@ func (r *renderedPool) renderTarget(f *family, at int, second string, elsewhere 
 			b.ctMarkSet(flags, flags)
 		}
 		b.counter(flows.Name)
-		if r.chosen {
+		if facts.chosen {
 			b.returns()
 		} else {
-			b.dnat(f, d.AddrPort())
+			b.dnat(f, facts.at)
 		}
 	}
 	c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
-		r.matchDomain(b, f, c.Name, d.Domain)
+		r.matchDomain(b, f, c.Name, domain)
 		switch {
-		case mode != balancer.Preserve, p.AvoidSelf && !elsewhere:
+		case facts.mode != balancer.Preserve, facts.avoidSelf && !facts.elsewhere:
 			b.counter(counterHairpinned)
 			send(b, markSNAT|markHairpin)
-		case p.AvoidSelf:
+		case facts.avoidSelf:
 			b.goTo(second)
 		default:
 			b.dropAs(counterHairpin)
 		}
 	}))
 	flags := uint32(0)
-	if mode == balancer.SNAT {
+	if facts.mode == balancer.SNAT {
 		flags = markSNAT
 	}
 	plain := rule(func(b *ruleBuilder) { send(b, flags) })
 	if second != "" {
 		// A second choice comes past the check of the first, or the chains
 		// would form a loop, which the kernel refuses.
-		name := sendChainName(num, p.Name)
+		name := sendChainName(facts.number, pool)
 		r.chains = append(r.chains, &Chain{Name: name, Rules: []Rule{plain}})
 		plain = rule(func(b *ruleBuilder) { b.goTo(name) })
 	}
 	c.Rules = append(c.Rules, plain)
+	return r
 }
 
 // matchDomain matches clients on the target's host: mostly the target alone,
 // else a set of its own.
-func (r *renderedPool) matchDomain(b *ruleBuilder, f *family, chain string, domain []netip.Prefix) {
+func (r *renderedTarget) matchDomain(b *ruleBuilder, f *family, chain string, domain []netip.Prefix) {
 	var own []netip.Prefix
 	for _, p := range domain {
 		if familyOf(p.Addr()) == f {
