@@ -11,6 +11,7 @@ import (
 	"nlb/internal/golden"
 
 	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
 
 	"nlb/balancer"
 )
@@ -426,4 +427,59 @@ func TestPlanFastPath(t *testing.T) {
 			t.Errorf("%s: %s", c.name, diff)
 		}
 	}
+}
+
+var clientIPs = []balancer.ClientIP{balancer.Preserve, balancer.HairpinSNAT, balancer.SNAT, balancer.ProxyProtocolV2}
+
+// What a renderer remembers of the table before never shows.
+func TestRenderedAgainAsAfresh(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		table := everything()
+		n := newNumbers()
+		var used renderer
+		for range rapid.IntRange(2, 6).Draw(t, "tables") {
+			next := *table
+			table = &next
+			table.Pools = slices.Clone(table.Pools)
+			for i := range table.Pools {
+				table.Pools[i].Destinations = slices.Clone(table.Pools[i].Destinations)
+			}
+			for range rapid.IntRange(0, 3).Draw(t, "changes") {
+				p := &table.Pools[rapid.IntRange(0, len(table.Pools)-1).Draw(t, "pool")]
+				if len(p.Destinations) == 0 {
+					continue
+				}
+				d := &p.Destinations[rapid.IntRange(0, len(p.Destinations)-1).Draw(t, "target")]
+				switch rapid.SampledFrom([]string{"fails", "weight", "mode", "own mode", "avoid_self", "moves", "host", "ends", "order", "IPVS"}).Draw(t, "what") {
+				case "fails":
+					d.Weight, d.Kept = d.Kept, d.Weight
+				case "weight":
+					d.Weight = rapid.IntRange(0, 3).Draw(t, "weight")
+				case "mode":
+					p.ClientIP = rapid.SampledFrom(clientIPs).Draw(t, "client_ip")
+				case "own mode":
+					d.ClientIP = rapid.SampledFrom(clientIPs).Draw(t, "client_ip")
+				case "avoid_self":
+					p.AvoidSelf = !p.AvoidSelf
+				case "moves":
+					d.Port++
+				case "host":
+					d.Domain = slices.Concat(prefixes(netip.PrefixFrom(d.Address, d.Address.BitLen()).String()), prefixes("192.0.2.0/24", "2001:db8:5::/64"))
+				case "ends":
+					d.Terminate = !d.Terminate
+				case "order":
+					slices.Reverse(p.Destinations)
+				case "IPVS":
+					table.Dataplane = balancer.IPVS - table.Dataplane
+				}
+			}
+			var err error
+			if n, err = n.assign(tableKeys(table)); err != nil {
+				t.Fatal(err)
+			}
+			if steps := diff(used.render(table, n), new(renderer).render(table, n)); len(steps) > 0 {
+				t.Fatalf("from the one to the other:\n%s", strings.Join((&Plan{steps: steps}).Lines(), "\n"))
+			}
+		}
+	})
 }
