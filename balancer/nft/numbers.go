@@ -122,7 +122,9 @@ func (n *numbers) free() uint16 {
 
 // A target's chain carries its number in the name and its identity in the
 // comment, which is where a restart finds both.
-func targetChainName(num uint16, group string) string { return "t" + strconv.Itoa(int(num)) + "." + group }
+func targetChainName(num uint16, group string) string {
+	return "t" + strconv.Itoa(int(num)) + "." + group
+}
 
 func sendChainName(num uint16, group string) string { return fmt.Sprintf("send%d.%s", num, group) }
 
