@@ -253,6 +253,10 @@ func collectTable(out chan<- prometheus.Metric, u *conntrack.Usage) {
 func collectRelay(out chan<- prometheus.Metric, s *relay.Stats) {
 	out <- relayConnections.value(float64(s.Connections))
 	out <- relayLimit.value(float64(s.MaxConnections))
+	if s.OpenFiles > 0 { // a worker of an earlier version does not say
+		out <- relayFiles.value(float64(s.OpenFiles))
+		out <- relayMaxFiles.value(float64(s.MaxFiles))
+	}
 	out <- relayAccepted.value(float64(s.Accepted))
 	out <- relayPortErrors.value(float64(s.NoPort))
 	for reason, n := range map[string]uint64{

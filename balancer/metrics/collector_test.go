@@ -72,7 +72,7 @@ func incident() Reading {
 		Table:      &conntrack.Usage{Entries: 10, Limit: 1000, InsertFailed: 1, Dropped: 2, EarlyDropped: 3},
 		LostEvents: 8,
 		Relay: &relay.Stats{
-			Connections: 5, MaxConnections: 500, Accepted: 50, Refused: 1, Failed: 2, NoTarget: 3, IdleTimeouts: 4, Exhausted: 5, NoPort: 6,
+			Connections: 5, MaxConnections: 500, OpenFiles: 60, MaxFiles: 1024, Accepted: 50, Refused: 1, Failed: 2, NoTarget: 3, IdleTimeouts: 4, Exhausted: 5, NoPort: 6,
 			Targets: map[balancer.TargetKey]relay.TargetStats{{Group: "mail", AddrPort: addr("10.0.1.13:25")}: {Active: 4, New: 40, Bytes: 4000}},
 		},
 		Reload: Reload{OK: false, Succeeded: time.Unix(1699999999, 0)},

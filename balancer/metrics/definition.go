@@ -133,6 +133,10 @@ var (
 		"Clients' connections through the relay now. Like all of the relay's, this is there while one runs.")
 	relayLimit = define(Gauge, "relay_connections_limit", "",
 		"Connections that the relay may have: as many as its file descriptors allow, unless --max-connections says less.")
+	relayFiles = define(Gauge, "relay_open_fds", "",
+		"File descriptors of the relay's process, and of those before it that still have connections.")
+	relayMaxFiles = define(Gauge, "relay_max_fds", "",
+		"File descriptors that the relay's process may have, its hard limit.")
 	relayAccepted = define(Counter, "relay_accepted_connections_total", "NewFlowCount",
 		"Clients' connections that the relay took, those that it reset included.")
 	relayResets = define(Counter, "relay_resets_total", "TCP_ELB_Reset_Count",

@@ -3,6 +3,7 @@ package relay
 import (
 	"maps"
 	"net/netip"
+	"os"
 	"slices"
 	"time"
 
@@ -17,6 +18,9 @@ type Stats struct {
 	// may be.
 	Connections    uint64
 	MaxConnections int
+	// OpenFiles is how many file descriptors this process has, MaxFiles how many
+	// it may have; 0 if that cannot be read.
+	OpenFiles, MaxFiles int
 	// Accepted connections came in. The others are among them and were reset:
 	// Refused because the service does not allow the client, Failed because none
 	// of the targets that were tried answered, NoTarget because there is none to
@@ -56,7 +60,10 @@ func (r *Relay) Stats() Stats {
 	r.mu.Lock()
 	targets := slices.Collect(maps.Values(r.plan.targets))
 	r.mu.Unlock()
-	s := Stats{Connections: uint64(max(0, r.admitted.Load())), MaxConnections: int(r.maxConnections.Load())}
+	s := Stats{
+		Connections: uint64(max(0, r.admitted.Load())), MaxConnections: int(r.maxConnections.Load()),
+		OpenFiles: openFiles(), MaxFiles: r.files.limit,
+	}
 	sums := make([]TargetStats, len(targets))
 	for _, l := range r.loops {
 		s.addLoop(l, targets, sums)
@@ -66,6 +73,25 @@ func (r *Relay) Stats() Stats {
 		s.Targets[t.key] = sums[j]
 	}
 	return s
+}
+
+// openFiles counts the file descriptors of this process, 0 if it cannot. From Linux
+// 6.2 on the size of the folder is their number (proc(5)).
+func openFiles() int {
+	const folder = "/proc/self/fd"
+	if info, err := os.Stat(folder); err == nil && info.Size() > 0 {
+		return int(info.Size())
+	}
+	f, err := os.Open(folder)
+	if err != nil {
+		return 0
+	}
+	defer func() { _ = f.Close() }()
+	names, err := f.Readdirnames(-1)
+	if err != nil {
+		return 0
+	}
+	return len(names) - 1 // without the folder's
 }
 
 // addLoop adds what one loop counted, for each target to the sum of the same

@@ -108,9 +108,10 @@ func (w *wireStats) stats() Stats {
 }
 
 // sum adds what two relays counted, for the targets of the first. There may be as
-// many connections as at the first.
+// many connections and files as at the first.
 func sum(a, b Stats) Stats {
 	a.Connections += b.Connections
+	a.OpenFiles += b.OpenFiles
 	a.Accepted += b.Accepted
 	a.Refused += b.Refused
 	a.Failed += b.Failed
@@ -139,7 +140,7 @@ func sum(a, b Stats) Stats {
 
 // past is what remains of what a relay counted when the relay is gone.
 func past(s Stats) Stats {
-	s.Connections = 0
+	s.Connections, s.OpenFiles = 0, 0
 	s.Targets = maps.Clone(s.Targets)
 	for k, t := range s.Targets {
 		t.Active = 0

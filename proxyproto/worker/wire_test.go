@@ -87,7 +87,7 @@ func TestStatsRoundTrip(t *testing.T) {
 	key := balancer.TargetKey{Group: "web", AddrPort: target}
 	want := Stats{
 		Targets:     map[balancer.TargetKey]relay.TargetStats{key: {Active: 1, New: 2, Failed: 3, Answered: 4, Bytes: 1 << 63}},
-		Connections: 5, MaxConnections: 6, Accepted: 7, Refused: 8, Failed: 9, NoTarget: 10, IdleTimeouts: 11, Exhausted: 12, NoPort: 13,
+		Connections: 5, MaxConnections: 6, OpenFiles: 14, MaxFiles: 15, Accepted: 7, Refused: 8, Failed: 9, NoTarget: 10, IdleTimeouts: 11, Exhausted: 12, NoPort: 13,
 	}
 	a, b := pair(t)
 	if err := a.send(frame{Stats: toWire(want)}, nil, nil); err != nil {
@@ -101,10 +101,10 @@ func TestStatsRoundTrip(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", d)
 	}
 	twice := sum(want, want)
-	if s := twice.Targets[key]; twice.Connections != 10 || twice.NoPort != 26 || twice.MaxConnections != 6 || s.Active != 2 || s.Bytes != 0 || s.New != 4 {
+	if s := twice.Targets[key]; twice.Connections != 10 || twice.NoPort != 26 || twice.MaxConnections != 6 || twice.OpenFiles != 28 || twice.MaxFiles != 15 || s.Active != 2 || s.Bytes != 0 || s.New != 4 {
 		t.Errorf("twice %+v", twice)
 	}
-	if gone := past(want); gone.Connections != 0 || gone.Targets[key].Active != 0 || gone.Targets[key].New != 2 || want.Targets[key].Active != 1 {
+	if gone := past(want); gone.Connections != 0 || gone.OpenFiles != 0 || gone.Targets[key].Active != 0 || gone.Targets[key].New != 2 || want.Targets[key].Active != 1 {
 		t.Errorf("past %+v of %+v", gone, want)
 	}
 	if m := merge(Stats{}, want); m.Targets[key] != want.Targets[key] {
