@@ -6,10 +6,9 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // TestPassiveHealth has a target that passes its health checks and fails its
@@ -73,8 +72,11 @@ func failsItsClients(t *testing.T, verdict string) {
 		return sum
 	}
 	for _, g := range all[:2] {
-		knock(g.port)
-		d.becomes(g.name, t1, balancer.Unhealthy, balancer.ReasonFailedHealthChecks)
+		// Failures that are read together with an answer from before are not in a row.
+		wait.For(t, limit, g.name+" is held", func() error {
+			knock(g.port)
+			return d.stands(g.name, t1, balancer.Unhealthy, balancer.ReasonFailedHealthChecks)
+		})
 		avoided(t, "held", client, g.port, 12, t1.Name)
 		for _, x := range d.standing(g.name, t1) {
 			if x.Held == nil {
