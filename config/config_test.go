@@ -11,13 +11,12 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/spf13/pflag"
 
 	"nlb/balancer"
+	"nlb/internal/golden"
 )
 
 var addresses = cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})}

@@ -17,8 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
@@ -26,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/internal/nstest"
+	"nlb/internal/wait"
 )
 
 func TestMain(m *testing.M) { os.Exit(nstest.Main(m)) }

@@ -9,12 +9,11 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/internal/golden"
 )
 
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }

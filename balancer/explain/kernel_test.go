@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/vishvananda/netlink"
 	"go.uber.org/zap/zaptest"
 
@@ -21,6 +19,7 @@ import (
 	"nlb/balancer/explain"
 	"nlb/balancer/nft"
 	"nlb/internal/nstest"
+	"nlb/internal/wait"
 )
 
 // The tests of this package program the kernel of a namespace of their own.

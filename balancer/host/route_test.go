@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 	"github.com/mdlayher/netlink"
 	"go.uber.org/goleak"
@@ -21,6 +19,7 @@ import (
 
 	"nlb/balancer"
 	"nlb/internal/nstest"
+	"nlb/internal/wait"
 )
 
 func TestMain(m *testing.M) { os.Exit(nstest.Main(m)) }

@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/ipvs"
 	"github.com/vishvananda/netlink"
@@ -21,6 +19,7 @@ import (
 
 	"nlb/balancer"
 	"nlb/internal/nstest"
+	"nlb/internal/wait"
 )
 
 // The tests of this package program the kernel of a namespace of their own.

@@ -14,14 +14,13 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 
 	"nlb/balancer"
 	"nlb/balancer/conntrack"
 	"nlb/healthcheck"
+	"nlb/internal/golden"
 	"nlb/proxyproto/relay"
 )
 

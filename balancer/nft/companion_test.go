@@ -8,13 +8,12 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 	"pgregory.net/rapid"
 
 	"nlb/balancer"
+	"nlb/internal/golden"
 )
 
 func withIPVS(t *balancer.Table) *balancer.Table {

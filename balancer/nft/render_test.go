@@ -8,12 +8,11 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
 	"nlb/balancer"
+	"nlb/internal/golden"
 )
 
 func renderAfresh(t *testing.T, table *balancer.Table) *Ruleset {

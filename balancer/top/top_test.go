@@ -8,12 +8,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/internal/golden"
 )
 
 // start is when the first answer comes, and apart how long after it the second.

@@ -17,8 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 	"github.com/mdlayher/arp"
 	"github.com/mdlayher/ndp"
@@ -31,6 +29,7 @@ import (
 
 	"nlb/balancer"
 	"nlb/internal/nstest"
+	"nlb/internal/wait"
 )
 
 func TestMain(m *testing.M) { os.Exit(nstest.Main(m)) }

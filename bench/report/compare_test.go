@@ -6,13 +6,12 @@ import (
 	"errors"
 	"testing"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"pgregory.net/rapid"
 
 	"nlb/bench/measure"
+	"nlb/internal/golden"
 )
 
 func mustCompare(t rapid.TB, old, now *Run) *Comparison {

@@ -10,10 +10,10 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/net/html"
+
+	"nlb/internal/golden"
 )
 
 func filesOf(t *testing.T, r *Run) map[string][]byte {

@@ -11,11 +11,10 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
+	"nlb/internal/golden"
 	"nlb/internal/vm"
 )
 

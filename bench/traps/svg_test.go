@@ -12,10 +12,10 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/golden"
-
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
+
+	"nlb/internal/golden"
 )
 
 func hop(from, to, src, dst, what, note string) Hop {

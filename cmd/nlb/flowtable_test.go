@@ -19,12 +19,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"go.uber.org/zap"
 
 	"nlb/balancer/nft"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // patience bounds every wait; an emulated machine is slow.

@@ -13,12 +13,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/nstest"
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/internal/browser"
+	"nlb/internal/nstest"
+	"nlb/internal/wait"
 )
 
 // pageConfig has an address for the page, and targets that fail within seconds.

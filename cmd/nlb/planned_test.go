@@ -13,13 +13,12 @@ import (
 	"syscall"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
 	"nlb/balancer/events"
+	"nlb/internal/wait"
 )
 
 // A planned is a daemon in the tests' namespace whose reloads are compared with their

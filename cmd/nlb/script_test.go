@@ -11,14 +11,13 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
 	"nlb/bench/traps"
 	"nlb/internal/nstest"
+	"nlb/internal/wait"
 )
 
 // The scripts run in a network namespace of their own, with nlb, listen and

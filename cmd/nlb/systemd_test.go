@@ -11,12 +11,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"go.uber.org/zap/zaptest"
 
 	"nlb/balancer"
 	"nlb/balancer/ready"
+	"nlb/internal/wait"
 )
 
 // notified is a stand-in for systemd's end of sd_notify(3).

@@ -10,10 +10,10 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"nlb/internal/wait"
 )
 
 // observed is what of the kernel's state purging has to restore.

@@ -12,9 +12,9 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
+
+	"nlb/internal/wait"
 )
 
 // A machine is a set of namespaces whose first process is systemd. Its root folder

@@ -6,9 +6,8 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/golden"
-
 	"nlb/balancer"
+	"nlb/internal/golden"
 )
 
 const pageHead = `# Conformance

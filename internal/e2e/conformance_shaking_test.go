@@ -5,12 +5,11 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // shaking are the cases that everybody notices, or rather should not.

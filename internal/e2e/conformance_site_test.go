@@ -12,12 +12,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"go.yaml.in/yaml/v3"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 var labOfOne = lab.Options{Targets: 1}

@@ -7,10 +7,9 @@ import (
 	"slices"
 	"strings"
 
-	"nlb/internal/wait"
-
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // standing are the cases that change nothing, so that several run at a time.

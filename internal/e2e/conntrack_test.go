@@ -5,9 +5,8 @@ import (
 	"fmt"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // TestForeignMark has another table that marks flows before ours chooses for

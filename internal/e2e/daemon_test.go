@@ -18,12 +18,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/balancer"
 	"nlb/balancer/control"
 	"nlb/bench/lab"
 	"nlb/internal/vm"
+	"nlb/internal/wait"
 	"nlb/proxyproto/worker"
 )
 

@@ -6,10 +6,9 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // TestManyChangesUnderLoad holds a thousand flows to targets that stay, while

@@ -9,12 +9,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // TestMuseum shows defects that load balancers have had, each with the traffic

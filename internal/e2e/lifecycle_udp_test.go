@@ -6,9 +6,8 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // TestUDPFollows has UDP clients that never pause and never change their port, so

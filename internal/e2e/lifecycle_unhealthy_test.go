@@ -5,10 +5,9 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // healthPort is what the probes of some tests go to, so that a target may fail

@@ -9,9 +9,8 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // nginxConfig answers every request and logs whom it saw. %[1]s is a folder of its own.

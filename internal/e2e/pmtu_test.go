@@ -7,11 +7,10 @@ import (
 	"net/netip"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // The MTU of the narrow link and of the others, and a size between the two.

@@ -18,12 +18,11 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // A probeKind is something that a health check can say, to a port of its own.

@@ -17,9 +17,8 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 const (

@@ -13,13 +13,12 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer/control"
 	"nlb/bench/flood"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // answering is a SYN proxy with its defaults.

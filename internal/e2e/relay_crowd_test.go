@@ -10,11 +10,10 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // TestRelayCrowd has thousands of connections that say something once and are

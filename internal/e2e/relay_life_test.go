@@ -6,10 +6,9 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // TestRelayDrain takes targets of relayed groups out, by nlb drain and out of the

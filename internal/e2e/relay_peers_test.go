@@ -10,10 +10,9 @@ import (
 	"sync"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // headerNginxConfig says whom a header named. %[1]s is a folder of its own.

@@ -19,12 +19,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	goproxy "github.com/pires/go-proxyproto"
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // long reports whether the tests that can be are long ones.

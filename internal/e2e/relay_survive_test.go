@@ -9,11 +9,10 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // relayServed is two services as served has them, of which the TCP one is

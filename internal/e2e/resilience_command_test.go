@@ -15,10 +15,9 @@ import (
 	"sync"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"nlb/balancer/control"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // An expectation is what a command line comes to.

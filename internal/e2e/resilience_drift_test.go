@@ -10,11 +10,10 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // A tampering is what somebody does to what is ours. Its lines are commands of

@@ -5,11 +5,10 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // strangers are tables such as other programs have: of our name in another

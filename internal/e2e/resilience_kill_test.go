@@ -14,9 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // variant is one of the files that reloads under load alternate between: the

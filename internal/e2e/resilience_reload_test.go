@@ -9,9 +9,8 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // change is one of the files that TestReloadsUnderLoad goes through. Whatever n

@@ -11,9 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // Ports of the resilience tests: what the VIPs offer, and what targets listen on.

@@ -7,11 +7,10 @@ import (
 	"strings"
 	"testing"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // TestVIPOnInterface binds the VIPs on the segment that they share with a client

@@ -13,13 +13,12 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 	"nlb/balancer/control"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 const (

@@ -10,9 +10,8 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 // The tests of what an operator does in years, within minutes: all ways of the

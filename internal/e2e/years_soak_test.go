@@ -12,12 +12,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/wait"
 )
 
 const (

@@ -15,13 +15,12 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/internal/wait"
 )
 
 func TestMaxConnections(t *testing.T) {

@@ -14,11 +14,10 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"golang.org/x/sync/errgroup"
 
 	"nlb/balancer"
+	"nlb/internal/wait"
 )
 
 func TestFamilies(t *testing.T) {

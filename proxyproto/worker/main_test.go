@@ -18,8 +18,6 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -29,6 +27,7 @@ import (
 
 	"nlb/balancer"
 	"nlb/internal/nstest"
+	"nlb/internal/wait"
 )
 
 // lifetime ends a worker whose test binary was killed.

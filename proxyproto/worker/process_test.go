@@ -13,12 +13,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/internal/wait"
 )
 
 // TestLife: nothing runs for nothing, what is wanted is served, what is not is

@@ -17,13 +17,12 @@ import (
 	"testing/synctest"
 	"time"
 
-	"nlb/internal/wait"
-
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/internal/wait"
 	"nlb/proxyproto/relay"
 )
 
