@@ -402,8 +402,8 @@ func (r *record) failures(metric, cas, contestant, reasons string) {
 
 // remark says what must be known of the metrics to read them.
 func (r *record) remark(reloads int) {
-	r.note(Death, "", "", fmt.Sprintf("The mean of %d deaths, of %d targets that share a connection every %v; the others get them afterwards. All that probe do so every %v, wait %[4]v at most, and one failure decides. "+
-		"nginx does not probe: one connection that failed keeps a target from others for 10 s, which is longer than the deaths are watched for, and the next ones fail again.", deaths, deathTargets, deathRate, interval))
+	r.note(Death, "", "", fmt.Sprintf("The mean of %d deaths, of %d targets that share a connection every %v; the others get them afterwards. It is exact to the time between two flows of a target, %v. All that probe do so every %v, wait %[5]v at most, and one failure decides. "+
+		"nginx does not probe: one connection that failed keeps a target from others for 10 s, which is longer than the deaths are watched for, and the next ones fail again.", deaths, deathTargets, deathRate, deathTargets*deathRate, interval))
 	r.note(DeathFailed, "", "", fmt.Sprintf("Connections without an answer within %v, from the first death until %v after the last, of about %.0f.", patience, window, float64(interval+window)/float64(deathRate)))
 	r.note(Reload, "", "", fmt.Sprintf("The median of %d reloads each, under %.0f connections a second over %d targets: until the first flow to a target that was added, or the last one to a target that was removed. Both are exact to the time between two flows of a target, %v.",
 		reloads/2, 1/reloadRate.Seconds(), reloadTargets, reloadTargets*reloadRate))
