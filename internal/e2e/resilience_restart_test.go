@@ -125,10 +125,9 @@ func TestStoppedDaemonLeavesTheKernelForwarding(t *testing.T) {
 		t.Errorf("nlb serve: %v", d.err)
 	}
 	works(t, top, "without a daemon")
+	p.more(50)
 	p.check("without a daemon")
-	if n := p.end(); n < 50 {
-		t.Errorf("%d connections only", n)
-	}
+	p.end()
 }
 
 // One of five targets leaves: the flows of the others stay where they are, and

@@ -119,6 +119,19 @@ func (p *pressure) load(c *lab.Churning) lab.Load {
 	return l
 }
 
+// more waits until so many more connections have been made.
+func (p *pressure) more(n int) {
+	p.t.Helper()
+	made := func() (sum int) {
+		for _, f := range p.fresh {
+			sum += p.load(f).OK
+		}
+		return sum
+	}
+	enough := made() + n
+	wait.Until(p.t, limit, fmt.Sprintf("%d more connections", n), func() bool { return made() >= enough })
+}
+
 // check fails the test if a held flow is broken or was moved.
 func (p *pressure) check(when string) {
 	p.t.Helper()
