@@ -172,6 +172,7 @@ func relayDialFailures(t *testing.T, setting map[string]any) {
 		}
 	}
 	d.waitHealthy("web", 0)
+	wait.For(t, limit, "the kernel to follow the verdicts", d.planned)
 	for _, f := range families {
 		before := d.counter("no_target_drops")
 		got := call(t, client, lab.Call{Network: "tcp", Dst: f.at(webPort), N: 5, Parallel: 5, Timeout: briefly})

@@ -12,9 +12,9 @@ import (
 	"nlb/internal/vm"
 )
 
-// longest is the longest pause between two looks. In an emulated machine looking
-// often would keep it from what is waited for.
-var longest = func() time.Duration {
+// pause is the time between two looks. In an emulated machine looking often would
+// keep it from what is waited for.
+var pause = func() time.Duration {
 	if os.Getenv(vm.EnvKernel) != "" {
 		return 300 * time.Millisecond
 	}
@@ -56,7 +56,7 @@ var errNot = errors.New("it does not hold")
 // error. It looks at least once, and once more when the time is over.
 func Try(limit time.Duration, check func() error) error {
 	end := time.Now().Add(limit)
-	for pause := time.Millisecond; ; pause = min(2*pause, longest) {
+	for {
 		late := time.Now().After(end)
 		err := check()
 		if err == nil || late {

@@ -24,10 +24,10 @@ func TestItComes(t *testing.T) {
 		begin := time.Now()
 		looks := 0
 		Until(t, time.Minute, "a second", func() bool { looks++; return time.Since(begin) >= time.Second })
-		if took := time.Since(begin); took > time.Second+longest {
+		if took := time.Since(begin); took > time.Second+pause {
 			t.Errorf("seen after %v", took)
 		}
-		if most := 10 + int(time.Second/longest); looks > most {
+		if most := 10 + int(time.Second/pause); looks > most {
 			t.Errorf("it looked %d times, want at most %d", looks, most)
 		}
 	})
@@ -41,7 +41,7 @@ func TestItNeverComes(t *testing.T) {
 		if want := "the end: not within 1s: look at true"; f.text != want {
 			t.Errorf("it says %q, want %q", f.text, want)
 		}
-		if took := time.Since(begin); took < time.Second || took > time.Second+longest {
+		if took := time.Since(begin); took < time.Second || took > time.Second+pause {
 			t.Errorf("given up after %v", took)
 		}
 		Until(f, time.Second, "the end", func() bool { return false }, func() string { return "one" }, func() string { return "two" })
