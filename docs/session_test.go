@@ -23,6 +23,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"nlb/internal/wait"
 )
 
 // programs is the folder that nlb is built into.
@@ -245,19 +247,24 @@ func (s *session) page(t *testing.T, todo []block) {
 // what it prints.
 func (s *session) console(t *testing.T, b block, c command) {
 	t.Helper()
-	for deadline := time.Now().Add(eventuallyTime); ; {
+	as := func() error {
 		out, code, err := s.run(c.line + "\n")
 		if err != nil {
-			t.Fatalf("%s: %v\n%s", c.line, err, out)
+			return fmt.Errorf("%w\n%s", err, out)
 		}
-		good := (code != 0) == b.has("fails") && like(c.prints, out)
-		if good {
-			return
+		if (code != 0) == b.has("fails") && like(c.prints, out) {
+			return nil
 		}
-		if !b.has("eventually") || time.Now().After(deadline) {
-			t.Fatalf("%s: exit code %d, and it printed (-the page +the command):\n%s", c.line, code, cmp.Diff(lines(c.prints), lines(out)))
-		}
-		time.Sleep(50 * time.Millisecond)
+		return fmt.Errorf("exit code %d, and it printed (-the page +the command):\n%s", code, cmp.Diff(lines(c.prints), lines(out)))
+	}
+	var err error
+	if b.has("eventually") {
+		err = wait.Try(eventuallyTime, as)
+	} else {
+		err = as()
+	}
+	if err != nil {
+		t.Fatalf("%s: %v", c.line, err)
 	}
 }
 

@@ -13,12 +13,11 @@ import (
 	"testing"
 	"time"
 
-	"nlb/internal/golden"
-
 	"go.uber.org/zap/zaptest"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
+	"nlb/internal/golden"
 )
 
 // untracking is relaying, and what is untracked of it: the services web, closed,

@@ -53,11 +53,7 @@ type Churning = Going[Load]
 // Churn starts making calls. With a source port, each worker has its own, from
 // that one on.
 func (a *Agent) Churn(ctx context.Context, c Churn) (*Churning, error) {
-	g, err := begin[Load](ctx, a, "churn", c)
-	if err != nil {
-		return nil, err
-	}
-	return &g, nil
+	return begin[Load](ctx, a, "churn", c)
 }
 
 // churning is the state of a Churn.

@@ -12,9 +12,12 @@ import (
 type Going[T any] struct{ opened }
 
 // begin has the agent start something that goes on.
-func begin[T any](ctx context.Context, a *Agent, op string, args any) (Going[T], error) {
+func begin[T any](ctx context.Context, a *Agent, op string, args any) (*Going[T], error) {
 	id, err := a.ask(ctx, op, args, nil)
-	return Going[T]{opened{a, id}}, err
+	if err != nil {
+		return nil, err
+	}
+	return &Going[T]{opened{a, id}}, nil
 }
 
 // Load returns the counts up to now. It goes on.

@@ -47,11 +47,7 @@ type Streaming = Going[Streamed]
 
 // Stream opens the connections.
 func (a *Agent) Stream(ctx context.Context, o Stream) (*Streaming, error) {
-	g, err := begin[Streamed](ctx, a, "stream", o)
-	if err != nil {
-		return nil, err
-	}
-	return &g, nil
+	return begin[Streamed](ctx, a, "stream", o)
 }
 
 // streaming is the state of a Stream.

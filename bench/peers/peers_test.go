@@ -24,13 +24,15 @@ var (
 	check = &Check{Port: 9000, Interval: time.Second, Timeout: 500 * time.Millisecond, Fall: 1, Rise: 2}
 )
 
-const haproxyPlain = `global
+const haproxyHead = `global
     nbthread 1
     maxconn 3000
     stats socket SOCKET mode 600 level admin expose-fd listeners
 defaults
     mode tcp
-    timeout connect 5000ms
+`
+
+const haproxyPlain = haproxyHead + `    timeout connect 5000ms
     timeout client 60s
     timeout server 60s
     option redispatch 1
@@ -43,13 +45,7 @@ listen bench-1
     server t0 [2001:db8:1::11]:8080
 `
 
-const haproxyAll = `global
-    nbthread 1
-    maxconn 3000
-    stats socket SOCKET mode 600 level admin expose-fd listeners
-defaults
-    mode tcp
-    timeout connect 1000ms
+const haproxyAll = haproxyHead + `    timeout connect 1000ms
     timeout client 60s
     timeout server 60s
     option redispatch 1
@@ -63,7 +59,7 @@ listen bench-0
     server t1 10.1.0.2:8080 send-proxy-v2 check
 `
 
-const nginxPlain = `load_module MODULE;
+const nginxHead = `load_module MODULE;
 daemon off;
 user root;
 worker_processes 1;
@@ -73,7 +69,9 @@ pid PIDFILE;
 events { worker_connections 8192; }
 stream {
     access_log off;
-    upstream bench-0 {
+`
+
+const nginxPlain = nginxHead + `    upstream bench-0 {
         server 10.1.0.1:8080 max_fails=1 fail_timeout=10s;
         server 10.1.0.2:8080 max_fails=1 fail_timeout=10s;
     }
@@ -85,17 +83,7 @@ stream {
 }
 `
 
-const nginxAll = `load_module MODULE;
-daemon off;
-user root;
-worker_processes 1;
-worker_rlimit_nofile 16384;
-error_log stderr;
-pid PIDFILE;
-events { worker_connections 8192; }
-stream {
-    access_log off;
-    proxy_connect_timeout 1000ms;
+const nginxAll = nginxHead + `    proxy_connect_timeout 1000ms;
     proxy_protocol on;
     upstream bench-0 {
         server 10.1.0.1:8080 max_fails=1 fail_timeout=10s;
