@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
+
+	"nlb/internal/bubble"
 )
 
 // agingFlows is a FlowTimes of flows that a test changes, and notes what they are
@@ -99,11 +101,11 @@ func TestIdleKeeper(t *testing.T) {
 		a.set(4, func(f *Flow) { f.Left = 350 * time.Second })
 		a.set(5, func(f *Flow) { released(f); f.Established = false })
 		a.set(6, offloaded(0)) // nobody counts
-		time.Sleep(31 * time.Second)
+		bubble.Pass(31 * time.Second)
 		a.set(1, released)
 		a.set(2, func(f *Flow) { released(f); f.Sent++ })
 		a.set(6, released)
-		time.Sleep(5 * time.Second)
+		bubble.Pass(5 * time.Second)
 		did, _ := a.taken()
 		want := []string{
 			"5s 3: 5m50s", // since when it is silent nobody knows
@@ -113,15 +115,15 @@ func TestIdleKeeper(t *testing.T) {
 			t.Error(diff)
 		}
 		// What was given holds.
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		if did, looks := a.taken(); len(did) > 0 || looks != 12 {
 			t.Errorf("%d looks, and %q", looks, did)
 		}
 		// A flow that was silent for longer than it may be has two looks left.
 		a.set(1, offloaded(10))
-		time.Sleep(10 * time.Minute)
+		bubble.Pass(10 * time.Minute)
 		a.set(1, released)
-		time.Sleep(5 * time.Second)
+		bubble.Pass(5 * time.Second)
 		if diff := cmp.Diff([]string{"11m40s 1: 10s"}, first(a.taken())); diff != "" {
 			t.Error(diff)
 		}
@@ -138,11 +140,11 @@ func TestIdleKeeperGivesBack(t *testing.T) {
 		for port := range uint16(4) {
 			a.set(port, offloaded(10))
 		}
-		time.Sleep(31 * time.Second)
+		bubble.Pass(31 * time.Second)
 		for port := range uint16(4) {
 			a.set(port, released)
 		}
-		time.Sleep(5 * time.Second)
+		bubble.Pass(5 * time.Second)
 		want := []string{"35s 0: 5m20s", "35s 1: 5m20s", "35s 2: 5m20s", "35s 3: 5m20s"}
 		if diff := cmp.Diff(want, first(a.taken())); diff != "" {
 			t.Error(diff)
@@ -151,7 +153,7 @@ func TestIdleKeeperGivesBack(t *testing.T) {
 		a.set(0, func(f *Flow) { speaks(f); f.Offloaded, f.Left = true, 0 })
 		a.set(1, speaks)
 		a.set(2, func(f *Flow) { speaks(f); f.Established = false })
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		if diff := cmp.Diff([]string{"40s 0: 24h0m0s", "40s 1: 5m50s"}, first(a.taken())); diff != "" {
 			t.Error(diff)
 		}
@@ -165,11 +167,11 @@ func TestIdleKeeperLooksSlowly(t *testing.T) {
 		a.mu.Lock()
 		a.takes = 2 * time.Second
 		a.mu.Unlock()
-		time.Sleep(6 * time.Second) // a look has begun
-		a.set(1, offloaded(10))     // the last word
-		time.Sleep(20 * time.Second)
+		bubble.Pass(6 * time.Second) // a look has begun
+		a.set(1, offloaded(10))      // the last word
+		bubble.Pass(20 * time.Second)
 		a.set(1, released)
-		time.Sleep(4 * time.Second)
+		bubble.Pass(4 * time.Second)
 		// Seen after 7 s and after 29 s, since a look rests ten times as long.
 		if diff := cmp.Diff([]string{"29s 1: 5m28s"}, first(a.taken())); diff != "" {
 			t.Error(diff)
@@ -182,7 +184,7 @@ func TestIdleKeeperRests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, a := keeper(t, false)
 		// A second more, so that no look coincides with what the test does.
-		time.Sleep(time.Hour + time.Second)
+		bubble.Pass(time.Hour + time.Second)
 		if _, looks := a.taken(); looks != idleAgain {
 			t.Errorf("%d looks for what another time left, want %d", looks, idleAgain)
 		}
@@ -191,7 +193,7 @@ func TestIdleKeeperRests(t *testing.T) {
 		if err := r.SetSpec(t.Context(), spec); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		if _, looks := a.taken(); looks != 12 {
 			t.Errorf("%d looks in a minute", looks)
 		}
@@ -199,7 +201,7 @@ func TestIdleKeeperRests(t *testing.T) {
 			t.Fatal(err)
 		}
 		a.set(1, func(f *Flow) { f.Left = 24 * time.Hour })
-		time.Sleep(time.Hour)
+		bubble.Pass(time.Hour)
 		if did, looks := a.taken(); looks != idleAgain || len(did) != 1 {
 			t.Errorf("%d looks, and %q", looks, did)
 		}

@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
+
+	"nlb/internal/bubble"
 )
 
 func TestLatencyBuckets(t *testing.T) {
@@ -31,11 +33,9 @@ func TestVerdictsAreTimed(t *testing.T) {
 		defer stop()
 		synctest.Wait()
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(time.Now())})
-		time.Sleep(time.Second)
-		synctest.Wait()
+		bubble.Pass(time.Second)
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(time.Now())})
-		time.Sleep(time.Second)
-		synctest.Wait()
+		bubble.Pass(time.Second)
 		l := r.Snapshot().Latency
 		if l.Count != 1 || l.Sum < 30*time.Millisecond || l.Sum > 100*time.Millisecond {
 			t.Errorf("%+v", l)

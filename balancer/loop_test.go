@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"nlb/balancer/events"
+	"nlb/internal/bubble"
 )
 
 // The end of a drain that could not be written down is, once that is possible.
@@ -30,8 +31,7 @@ func TestDrainsAreWrittenLater(t *testing.T) {
 		}
 		full := errors.New("no space left on device")
 		s.fail(full, nil)
-		time.Sleep(2 * time.Minute)
-		synctest.Wait()
+		bubble.Pass(2 * time.Minute)
 		if drains, _ := s.kept(); len(drains) != 1 {
 			t.Errorf("drains: %v; the one that is over cannot have been removed", drains)
 		}
@@ -43,8 +43,7 @@ func TestDrainsAreWrittenLater(t *testing.T) {
 			t.Errorf("a reload is taken although drains cannot be written: %v", err)
 		}
 		s.fail(nil, nil)
-		time.Sleep(DefaultResync)
-		synctest.Wait()
+		bubble.Pass(DefaultResync)
 		if drains, _ := s.kept(); len(drains) != 0 {
 			t.Errorf("drains: %v; the one that is over is still there", drains)
 		}
@@ -59,8 +58,7 @@ func TestLoopTurns(t *testing.T) {
 		defer stop()
 		began := time.Now()
 		for range 60 {
-			time.Sleep(time.Second)
-			synctest.Wait()
+			bubble.Pass(time.Second)
 			if still := time.Since(r.Turned()); still > DefaultResync {
 				t.Fatalf("after %v: no turn for %v", time.Since(began), still)
 			}
@@ -71,7 +69,7 @@ func TestLoopTurns(t *testing.T) {
 			return nil
 		})
 		w.tamper("pool web", "snat", true)
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		if still := time.Since(r.Turned()); still < time.Minute-driftDelay-time.Second {
 			t.Errorf("hangs for a minute, and turned %v ago", still)
 		}
@@ -125,11 +123,11 @@ func TestDrainsAreSaid(t *testing.T) {
 		said("comes back", "10.0.1.12:8080 ends, registered")
 		do(r.SetSpec(t.Context(), minuteSpec(1)))
 		said("leaves again", "10.0.1.12:8080 begins, for 1m0s, removed true")
-		time.Sleep(2 * time.Minute)
+		bubble.Pass(2 * time.Minute)
 		said("its time is over", "10.0.1.12:8080 ends, expired")
 		do(r.Drain(t.Context(), "web", addr("10.0.1.11"), 0))
 		said("drain the other", "10.0.1.11:8080 begins, for 1m0s, removed false")
-		time.Sleep(2 * time.Minute)
+		bubble.Pass(2 * time.Minute)
 		said("and its time is over", "10.0.1.11:8080 ends, expired")
 		do(r.Undrain(t.Context(), "web", addr("10.0.1.11"), 0))
 		said("nothing drains any more")

@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
+
+	"nlb/internal/bubble"
 )
 
 // TestAnyOrderConverges walks through reloads, health, tampering, failing steps
@@ -139,13 +141,12 @@ func withoutMissing(spec *Spec) *Spec {
 }
 
 func (m *machine) idle(t *rapid.T) {
-	time.Sleep(time.Duration(rapid.IntRange(1, 2000).Draw(t, "ms")) * time.Millisecond)
+	bubble.Pass(time.Duration(rapid.IntRange(1, 2000).Draw(t, "ms")) * time.Millisecond)
 }
 
 func (m *machine) mustConverge(t *rapid.T) {
 	m.setFault(nil)
-	time.Sleep(DefaultResync + lastBackOff)
-	synctest.Wait()
+	bubble.Pass(DefaultResync + lastBackOff)
 	s := m.r.Snapshot()
 	if s.Err != nil || s.Spec != m.spec {
 		t.Fatalf("error %v, spec in force is the expected one: %v", s.Err, s.Spec == m.spec)

@@ -13,6 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/zap"
+
+	"nlb/internal/bubble"
 )
 
 func TestHoldsGrow(t *testing.T) {
@@ -115,15 +117,9 @@ func observing(t *testing.T, p PassiveCheck, f func(t *testing.T, o *outcomes, r
 		running.Go(func() { _ = NewObserver(r, o, zap.NewNop()).Run(ctx) })
 		now := time.Now()
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(now), webKey("10.0.1.12"): healthy(now)})
-		pause(outcomeEvery)
+		bubble.Pass(outcomeEvery)
 		f(t, o, r)
 	})
-}
-
-// pause lets time pass and what follows from it happen.
-func pause(d time.Duration) {
-	time.Sleep(d)
-	synctest.Wait()
 }
 
 func TestFailedConnectionsHoldATarget(t *testing.T) {
@@ -131,15 +127,15 @@ func TestFailedConnectionsHoldATarget(t *testing.T) {
 	observing(t, p, func(t *testing.T, o *outcomes, r *Reconciler) {
 		one := webKey("10.0.1.11")
 		first := func() TargetStatus { return r.Snapshot().Groups[0].Targets[0] }
-		pause(outcomeEvery)
+		bubble.Pass(outcomeEvery)
 		o.add(one, 2, 0)
 		o.add(webKey("10.0.1.12"), 2, 5)
-		pause(outcomeEvery)
+		bubble.Pass(outcomeEvery)
 		if s := first(); s.State != Healthy || s.Share != 1 {
 			t.Errorf("one too few: %+v", s)
 		}
 		o.add(one, 1, 0)
-		pause(outcomeEvery)
+		bubble.Pass(outcomeEvery)
 		since := time.Now()
 		want := TargetStatus{
 			Target: target("10.0.1.11"),
@@ -153,7 +149,7 @@ func TestFailedConnectionsHoldATarget(t *testing.T) {
 		}
 		// What a hold's flows come to, such as those that had begun, extends nothing.
 		o.add(one, 100, 0)
-		pause(5 * time.Second)
+		bubble.Pass(5 * time.Second)
 		// The health checks agree that it is dead, and then that it is not.
 		r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now())})
 		synctest.Wait()
@@ -165,12 +161,12 @@ func TestFailedConnectionsHoldATarget(t *testing.T) {
 		if s := first(); !s.Held {
 			t.Errorf("a health check ends a hold: %+v", s)
 		}
-		pause(5 * time.Second)
+		bubble.Pass(5 * time.Second)
 		if s := first(); s.State != Healthy || s.Share != 1 || !s.Until.IsZero() {
 			t.Errorf("the hold has ended: %+v", s)
 		}
 		o.add(one, 3, 0)
-		pause(outcomeEvery)
+		bubble.Pass(outcomeEvery)
 		if s := first(); !s.Held || s.Until.Sub(s.Since) != 20*time.Second {
 			t.Errorf("the second hold: %+v", s)
 		}
@@ -182,7 +178,7 @@ func TestFailedConnectionsHoldATarget(t *testing.T) {
 			t.Errorf("without a passive check: %+v", s)
 		}
 		looks := o.looks
-		pause(time.Second)
+		bubble.Pass(time.Second)
 		if o.looks != looks {
 			t.Errorf("%d looks at outcomes that nobody judges", o.looks-looks)
 		}
@@ -191,15 +187,15 @@ func TestFailedConnectionsHoldATarget(t *testing.T) {
 
 func TestUnreadableOutcomesHoldNobody(t *testing.T) {
 	observing(t, PassiveCheck{MaxFailures: 1, Hold: time.Second, MaxHold: time.Second}, func(t *testing.T, o *outcomes, r *Reconciler) {
-		pause(outcomeEvery)
+		bubble.Pass(outcomeEvery)
 		o.fail(errors.New("no buffer space available"))
 		o.add(webKey("10.0.1.11"), 5, 0)
-		pause(time.Second)
+		bubble.Pass(time.Second)
 		if s := r.Snapshot().Groups[0].Targets[0]; s.Held {
 			t.Errorf("held by what could not be read: %+v", s)
 		}
 		o.fail(nil)
-		pause(outcomeEvery)
+		bubble.Pass(outcomeEvery)
 		if s := r.Snapshot().Groups[0].Targets[0]; !s.Held || s.Hold.Failures != 5 {
 			t.Errorf("not held by what was read late: %+v", s)
 		}

@@ -15,6 +15,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+
+	"nlb/internal/bubble"
 )
 
 func healthy(at time.Time) Health { return Health{State: Healthy, Since: at} }
@@ -45,7 +47,7 @@ func TestNothingIsTouchedBeforeASpec(t *testing.T) {
 	inBubble(t, nil, func(t *testing.T, w *world, r *Reconciler) {
 		w.tamper("pool old", "snat", true)
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(time.Now())})
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		if w.steps != 0 || r.Snapshot() != nil {
 			t.Errorf("%d steps, snapshot %v", w.steps, r.Snapshot())
 		}
@@ -133,8 +135,7 @@ func TestStatesEndByThemselves(t *testing.T) {
 			{3 * time.Second, [2]State{Unhealthy, Draining}},
 			{5 * time.Second, [2]State{Unhealthy, Unused}},
 		} {
-			time.Sleep(time.Until(now.Add(at.after)))
-			synctest.Wait()
+			bubble.Pass(time.Until(now.Add(at.after)))
 			if got := states(); got != at.want {
 				t.Errorf("after %v: %v, want %v", at.after, got, at.want)
 			}
@@ -158,8 +159,7 @@ func TestSinceIsKept(t *testing.T) {
 		if began.IsZero() {
 			t.Fatal("an initial target has no since")
 		}
-		time.Sleep(time.Minute)
-		synctest.Wait()
+		bubble.Pass(time.Minute)
 		if since := r.Snapshot().Groups[0].Targets[0].Since; !since.Equal(began) {
 			t.Errorf("since moved from %v to %v", began, since)
 		}
@@ -180,8 +180,7 @@ func TestDriftIsRepaired(t *testing.T) {
 				want := w.dump()
 				w.tamper("service 198.51.100.10:80", "", c.notify)
 				w.tamper("address 198.51.100.99", "lo", c.notify)
-				time.Sleep(c.within)
-				synctest.Wait()
+				bubble.Pass(c.within)
 				if diff := cmp.Diff(want, w.dump()); diff != "" {
 					t.Error(diff)
 				}
@@ -218,7 +217,7 @@ func TestReloadKeepsHealthOfTargetsThatStay(t *testing.T) {
 	inBubble(t, webSpec(2), func(t *testing.T, w *world, r *Reconciler) {
 		since := time.Now()
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(since), webKey("10.0.1.12"): unhealthy(since)})
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		if err := r.SetSpec(t.Context(), webSpec(3)); err != nil {
 			t.Fatal(err)
 		}
@@ -242,7 +241,7 @@ func TestErrorsAreRetriedAndSaidOnce(t *testing.T) {
 		if err := r.Snapshot().Err; err == nil || err.Error() != "apply dataplane: device or resource busy" {
 			t.Errorf("error %v", err)
 		}
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		select {
 		case <-r.Converged():
 			t.Error("said to have converged")
@@ -272,11 +271,10 @@ func TestBrokenWatchIsSaidOnceAndTheResyncCovers(t *testing.T) {
 		parts[1].(*fakePart).watchErr = errors.New("no buffer space available")
 		_, stop := start(Options{Parts: parts, Spec: webSpec(1), Log: zap.New(core)})
 		defer stop()
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		want := w.dump()
 		w.tamper("pool web", "snat", false)
-		time.Sleep(DefaultResync)
-		synctest.Wait()
+		bubble.Pass(DefaultResync)
 		if diff := cmp.Diff(want, w.dump()); diff != "" {
 			t.Error(diff)
 		}
@@ -295,8 +293,7 @@ func TestLostRoutesDoNotStopHealth(t *testing.T) {
 		synctest.Wait()
 		lost := errors.New("netlink: interrupted system call")
 		router.err.Store(&lost)
-		time.Sleep(DefaultResync)
-		synctest.Wait()
+		bubble.Pass(DefaultResync)
 		if r.Snapshot().Err == nil {
 			t.Error("the error is not shown")
 		}
@@ -326,8 +323,7 @@ func TestLostRoutesDoNotHideWhatTheKernelHolds(t *testing.T) {
 		r.SetHealth(map[TargetKey]Health{webKey("10.0.1.11"): healthy(now), webKey("10.0.1.12"): unhealthy(now)})
 		synctest.Wait()
 		w.setFault(nil)
-		time.Sleep(time.Second) // retries, which look for routes
-		synctest.Wait()
+		bubble.Pass(time.Second) // retries, which look for routes
 		s := r.Snapshot()
 		if s.Err == nil || s.Latency.Count != 2 || s.Latency.Sum < firstBackOff {
 			t.Errorf("%d verdicts reached the kernel, in %v; want 2, not at once; error: %v", s.Latency.Count, s.Latency.Sum, s.Err)
@@ -430,14 +426,13 @@ func TestVerdictsInASwarmShareAPass(t *testing.T) {
 			part := &slowPart{takes: c.takes}
 			r, stop := start(Options{Parts: []Part{part}, Spec: webSpec(3), Log: zap.NewNop()})
 			defer stop()
-			time.Sleep(time.Second)
+			bubble.Pass(time.Second)
 			before := part.plans.Load()
 			for _, host := range []string{"10.0.1.11", "10.0.1.12", "10.0.1.13"} {
 				r.SetHealth(map[TargetKey]Health{webKey(host): healthy(time.Now())})
-				time.Sleep(2 * time.Millisecond)
+				bubble.Pass(2 * time.Millisecond)
 			}
-			time.Sleep(100 * time.Millisecond)
-			synctest.Wait()
+			bubble.Pass(100 * time.Millisecond)
 			if n := part.plans.Load() - before; n != c.want {
 				t.Errorf("a pass of %v: %d passes for three verdicts within 6 ms, want %d", c.takes, n, c.want)
 			}
@@ -459,7 +454,7 @@ func TestNoPassIsTooLateToEndFlows(t *testing.T) {
 			if err := r.Drain(t.Context(), one.Group, one.AddrPort.Addr(), 0); err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(time.Minute - time.Second)
+			bubble.Pass(time.Minute - time.Second)
 		},
 		"verdict": func(_ *testing.T, r *Reconciler) {
 			time.AfterFunc(time.Second, func() { r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now())}) })
@@ -471,7 +466,7 @@ func TestNoPassIsTooLateToEndFlows(t *testing.T) {
 				r.SetHealth(map[TargetKey]Health{one: healthy(now), webKey("10.0.1.12"): healthy(now), webKey("10.0.1.13"): healthy(now)})
 				due(t, r)
 				w.setFault(func(step) error { return errors.New("busy") })
-				time.Sleep(3 * terminateFor)
+				bubble.Pass(3 * terminateFor)
 				w.setFault(nil)
 				ended := func() bool {
 					s := r.Snapshot()
@@ -479,12 +474,12 @@ func TestNoPassIsTooLateToEndFlows(t *testing.T) {
 				}
 				before := time.Now()
 				for !ended() && time.Since(before) < time.Minute {
-					time.Sleep(time.Second)
+					bubble.Pass(time.Second)
 				}
 				if !ended() {
 					t.Fatal("its flows were not ended")
 				}
-				time.Sleep(2 * terminateFor)
+				bubble.Pass(2 * terminateFor)
 				if ended() {
 					t.Error("its flows are ended for ever")
 				}

@@ -16,6 +16,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+
+	"nlb/internal/bubble"
 )
 
 // minuteSpec is webSpec with a delay of a minute, after which flows are cut.
@@ -263,7 +265,7 @@ func TestRegisteredIsWrittenWhenItChanges(t *testing.T) {
 		w.fault = func(step) error { return errors.New("device or resource busy") }
 		r, stop := start(s.options(w, minuteSpec(2)))
 		defer stop()
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		if got := s.wrote(); got != "" {
 			t.Errorf("before the kernel holds it: %s", got)
 		}
@@ -289,8 +291,7 @@ func TestRegisteredIsWrittenWhenItChanges(t *testing.T) {
 			if err := r.SetSpec(t.Context(), c.spec); err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(DefaultResync)
-			synctest.Wait()
+			bubble.Pass(DefaultResync)
 			if got := s.wrote(); got != c.want {
 				t.Errorf("%s: wrote %q, want %q", c.name, got, c.want)
 			}
@@ -327,7 +328,7 @@ func TestTargetsThatLeftUnseenDrain(t *testing.T) {
 				_, stop := start(s.options(w, minuteSpec(2)))
 				synctest.Wait()
 				stop()
-				time.Sleep(2 * time.Hour) // as long as it is down, nothing ends
+				bubble.Pass(2 * time.Hour) // as long as it is down, nothing ends
 				s.wrote()
 				began := time.Now()
 				r, stop := start(s.options(w, c.spec))
@@ -340,20 +341,18 @@ func TestTargetsThatLeftUnseenDrain(t *testing.T) {
 				}
 				// The deadline outlives another restart, and is kept.
 				stop()
-				time.Sleep(time.Second)
+				bubble.Pass(time.Second)
 				r, stop = start(s.options(w, c.spec))
 				defer func() { stop() }()
 				synctest.Wait()
 				if got, want := draining(r, gone), began.Add(c.delay); !got.Equal(want) {
 					t.Errorf("after another start: drains until %v, want %v", got, want)
 				}
-				time.Sleep(time.Until(began.Add(c.delay)))
-				synctest.Wait()
+				bubble.Pass(time.Until(began.Add(c.delay)))
 				if drains, _ := s.kept(); !drains[gone].Terminate || !drains[gone].Removed {
 					t.Errorf("at the deadline: %+v", drains)
 				}
-				time.Sleep(terminateFor)
-				synctest.Wait()
+				bubble.Pass(terminateFor)
 				if drains, _ := s.kept(); len(drains) > 0 {
 					t.Errorf("after it: %v", drains)
 				}
@@ -389,7 +388,7 @@ func TestCrashBeforeRegisteredIsWritten(t *testing.T) {
 			}
 			stop()
 			s.fail(nil, nil)
-			time.Sleep(time.Second)
+			bubble.Pass(time.Second)
 			r, stop = start(s.options(w, minuteSpec(1)))
 			defer stop()
 			synctest.Wait()
@@ -410,7 +409,7 @@ func TestCrashBeforeRegisteredIsWritten(t *testing.T) {
 			synctest.Wait()
 			stop()
 			s.fail(nil, nil)
-			time.Sleep(time.Second)
+			bubble.Pass(time.Second)
 			r, stop := start(s.options(w, minuteSpec(1)))
 			defer stop()
 			synctest.Wait()
@@ -468,14 +467,12 @@ func TestFullDiskIsSaidOnceAndWrittenLater(t *testing.T) {
 		o.Log = zap.New(core)
 		r, stop := start(o)
 		defer stop()
-		time.Sleep(time.Minute)
-		synctest.Wait()
+		bubble.Pass(time.Minute)
 		if err := r.Snapshot().Err; err != nil {
 			t.Error(err) // the kernel is what it should be
 		}
 		s.fail(nil, nil)
-		time.Sleep(DefaultResync)
-		synctest.Wait()
+		bubble.Pass(DefaultResync)
 		if got := s.wrote(); got != "targets" {
 			t.Errorf("wrote %q", got)
 		}

@@ -14,6 +14,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
+
+	"nlb/internal/bubble"
 )
 
 // flowWorld is a FlowTable that notes what is done, and when.
@@ -176,8 +178,7 @@ func TestSweeperEndsFlows(t *testing.T) {
 		if !target.Terminate || target.Weight != 0 {
 			t.Errorf("after the verdict: %+v", target)
 		}
-		time.Sleep(10 * time.Second)
-		synctest.Wait()
+		bubble.Pass(10 * time.Second)
 		want := []string{
 			"0s forget web/10.0.1.11:8080: 1", "0s prompt 3", "50ms forget web/10.0.1.11:8080: 1",
 			"600ms prompt 2", "1.2s prompt 2", "2.5s forget web/10.0.1.11:8080: 2",
@@ -192,8 +193,7 @@ func TestSweeperEndsFlows(t *testing.T) {
 		flows.mu.Lock()
 		flows.flows[one], flows.did = []Flow{flow(one, 2)}, nil
 		flows.mu.Unlock()
-		time.Sleep(pruneEvery + terminateFor)
-		synctest.Wait()
+		bubble.Pass(pruneEvery + terminateFor)
 		if n := len(flows.did); n != 4 {
 			t.Errorf("leftover: %q", flows.did)
 		}
@@ -216,7 +216,7 @@ func sweeping(t *testing.T, spec *Spec, f func(t *testing.T, r *Reconciler, w *f
 		defer cancel()
 		running.Go(func() { _ = NewSweeper(r, w, zap.NewNop()).Run(ctx) })
 		r.SetHealth(map[TargetKey]Health{one: healthy(now), webKey("10.0.1.12"): healthy(now), webKey("10.0.1.13"): healthy(now)})
-		pause(time.Second)
+		bubble.Pass(time.Second)
 		f(t, r, w)
 	})
 }
@@ -243,7 +243,7 @@ func TestFlowsAreEndedOnceTheFlowtableReleasesThem(t *testing.T) {
 			w.flows[one] = append(w.flows[one], held)
 		})
 		r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now()), webKey("10.0.1.12"): healthy(time.Now())})
-		pause(120 * time.Millisecond)
+		bubble.Pass(120 * time.Millisecond)
 		w.set(func() {
 			for i := range w.flows[one] {
 				held := &w.flows[one][i]
@@ -251,7 +251,7 @@ func TestFlowsAreEndedOnceTheFlowtableReleasesThem(t *testing.T) {
 				held.Offloaded = false
 			}
 		})
-		pause(10 * time.Second)
+		bubble.Pass(10 * time.Second)
 		want := []string{
 			"0s prompt 1", "50ms forget web/10.0.1.11:8080: 1",
 			"150ms prompt 1", "150ms forget web/10.0.1.11:8080: 1",
@@ -299,10 +299,10 @@ func TestDrainedFlowsAreForgottenHoweverLate(t *testing.T) {
 				if err := r.Drain(t.Context(), "web", one.AddrPort.Addr(), 0); err != nil {
 					t.Fatal(err)
 				}
-				pause(59 * time.Second)
+				bubble.Pass(59 * time.Second)
 				w.set(func() { w.begun, w.did = time.Now().Add(time.Second), nil })
 				c.hinder(t, r, w)
-				pause(2 * time.Minute)
+				bubble.Pass(2 * time.Minute)
 				w.set(func() {
 					w.did = slices.DeleteFunc(w.did, func(s string) bool { return !strings.Contains(s, "forget") })
 				})
@@ -352,7 +352,7 @@ func TestEntriesThatMissedPacketsGo(t *testing.T) {
 				relayed.Target = relayed.VIP
 				w.set(func() { w.flows[one] = []Flow{relayed} })
 				c.then(t, r, w)
-				pause(time.Minute)
+				bubble.Pass(time.Minute)
 				for i, s := range w.did {
 					_, w.did[i], _ = strings.Cut(s, " ")
 				}
@@ -376,7 +376,7 @@ func TestPromptsComeInTimeWhateverFails(t *testing.T) {
 	sweeping(t, minuteSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
 		w.set(func() { w.fail["prune"], w.begun = errors.New("no buffer space available"), time.Now() })
 		r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now())})
-		pause(10 * time.Second)
+		bubble.Pass(10 * time.Second)
 		want := []string{"0s prompt 1", "600ms prompt 1", "1.2s prompt 1", "2.5s forget web/10.0.1.11:8080: 1"}
 		if diff := cmp.Diff(want, w.did); diff != "" {
 			t.Error(diff)
@@ -400,7 +400,7 @@ func TestTargetsWithoutFlowsCostLittle(t *testing.T) {
 			sweeping(t, minuteSpec(3), func(t *testing.T, r *Reconciler, w *flowWorld) {
 				w.set(func() { w.flows[one] = c.flows })
 				r.SetHealth(map[TargetKey]Health{one: unhealthy(time.Now())})
-				pause(4 * time.Second)
+				bubble.Pass(4 * time.Second)
 				if w.looks == 0 || w.looks > c.most {
 					t.Errorf("%d looks, more than %d", w.looks, c.most)
 				}
@@ -419,7 +419,7 @@ func TestFlowsAreJudgedWhenItMatters(t *testing.T) {
 		prunes := func(do func()) (n int) {
 			w.set(func() { w.prunes = 0 })
 			do()
-			pause(time.Second)
+			bubble.Pass(time.Second)
 			w.set(func() { n = w.prunes })
 			return n
 		}
@@ -458,14 +458,14 @@ func TestFlowsOfALaterPassAreLeftAlone(t *testing.T) {
 					w.set(func() { w.flows[added] = []Flow{flowTo(ProtoUDP, added, 2)} })
 				}
 			})
-			pause(pruneEvery)
+			bubble.Pass(pruneEvery)
 			if w.left(added) != 1 {
 				t.Errorf("a flow to a target that has just come: %q", w.did)
 			}
 			if err := r.SetSpec(t.Context(), udpSpec(3)); err != nil {
 				t.Error(err)
 			}
-			pause(time.Second)
+			bubble.Pass(time.Second)
 			if w.left(added) != 0 {
 				t.Errorf("a flow to a target that has left: %q", w.did)
 			}
@@ -476,7 +476,7 @@ func TestFlowsOfALaterPassAreLeftAlone(t *testing.T) {
 			if err := r.Drain(t.Context(), "web", one.AddrPort.Addr(), 0); err != nil {
 				t.Error(err)
 			}
-			pause(time.Minute + forgetAfter - time.Millisecond)
+			bubble.Pass(time.Minute + forgetAfter - time.Millisecond)
 			w.set(func() {
 				w.first["forget"] = func() {
 					if err := r.Undrain(t.Context(), "web", one.AddrPort.Addr(), 0); err != nil {
@@ -484,7 +484,7 @@ func TestFlowsOfALaterPassAreLeftAlone(t *testing.T) {
 					}
 				}
 			})
-			pause(time.Minute)
+			bubble.Pass(time.Minute)
 			if w.left(one) != 1 {
 				t.Errorf("it was forgotten: %q", w.did)
 			}
@@ -505,11 +505,11 @@ func TestFlowsOfALaterPassAreLeftAlone(t *testing.T) {
 			if err := r.SetSpec(t.Context(), other); err != nil {
 				t.Error(err)
 			}
-			pause(time.Second)
+			bubble.Pass(time.Second)
 			if w.left(added) != 1 {
 				t.Errorf("judged: %q", w.did)
 			}
-			pause(DefaultResync)
+			bubble.Pass(DefaultResync)
 			if w.left(added) != 0 {
 				t.Errorf("not judged again: %q", w.did)
 			}

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"nlb/internal/bubble"
 )
 
 // A villain is a target that wants to cost more than its share.
@@ -302,8 +304,7 @@ func TestVillainsDelayNoOther(t *testing.T) {
 		}})
 		stop := run(t, s)
 		s.Set(checks)
-		time.Sleep(length)
-		synctest.Wait()
+		bubble.Pass(length)
 		for _, st := range s.Snapshot() {
 			v := answers[st.Check.Target]
 			if !slices.Contains(v.kinds, st.Last.Kind) {

@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"nlb/internal/bubble"
 )
 
 // A field is the targets of a test: what each answers, how long that takes, and
@@ -122,17 +124,16 @@ func TestLife(t *testing.T) {
 		if st, _ := s.Status(c.Key()); st.State != Initial || st.Reason != ReasonInitialHealthChecking || !st.Since.Equal(time.Now()) {
 			t.Errorf("at first: %+v", st)
 		}
-		time.Sleep(100 * time.Millisecond)
-		synctest.Wait()
+		bubble.Pass(100 * time.Millisecond)
 		if got := state(t, s, c); got != Healthy {
 			t.Fatalf("after 100 ms: %v", got)
 		}
 		f.set(target, Refused)
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		if got := state(t, s, c); got != Healthy {
 			t.Errorf("after one failure: %v", got)
 		}
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		st, _ := s.Status(c.Key())
 		want := Status{State: Unhealthy, Reason: ReasonFailedHealthChecks,
 			Description: "connection refused by 10.0.1.11:8080 after 0.0 ms", Probes: 3, Failures: 2}
@@ -143,11 +144,11 @@ func TestLife(t *testing.T) {
 			t.Errorf("unhealthy since %v, last probe at %v", st.Since, since)
 		}
 		f.set(target, OK)
-		time.Sleep(2 * time.Second)
+		bubble.Pass(2 * time.Second)
 		if got := state(t, s, c); got != Unhealthy {
 			t.Errorf("after two successes: %v", got)
 		}
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		if st, _ := s.Status(c.Key()); st.State != Healthy || st.Reason != "" || st.Description != "" {
 			t.Errorf("after three successes: %+v", st)
 		}
@@ -181,17 +182,17 @@ func TestResultsAreTold(t *testing.T) {
 		}})
 		defer run(t, s)()
 		s.Set([]Check{c})
-		time.Sleep(1500 * time.Millisecond)
+		bubble.Pass(1500 * time.Millisecond)
 		f.set(target, Unmade)
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		f.set(target, Refused)
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		f.mu.Lock()
 		f.takes[target] = time.Hour
 		f.mu.Unlock()
-		time.Sleep(time.Second) // a probe is in flight
+		bubble.Pass(time.Second) // a probe is in flight
 		s.Set(nil)
-		time.Sleep(10 * time.Second)
+		bubble.Pass(10 * time.Second)
 		mu.Lock()
 		defer mu.Unlock()
 		if diff := cmp.Diff(map[Kind]int{OK: 2, Unmade: 1, Refused: 1}, told); diff != "" {
@@ -219,7 +220,7 @@ func TestInterval(t *testing.T) {
 				s := New(Options{Probe: f.probe})
 				defer run(t, s)()
 				s.Set([]Check{c})
-				time.Sleep(10*tt.want + tt.want/2)
+				bubble.Pass(10*tt.want + tt.want/2)
 				starts := f.times(target)
 				if n := len(starts); n < 10 || n > 11 {
 					t.Fatalf("%d probes", n)
@@ -254,7 +255,7 @@ func TestHungTargetsDelayNoOther(t *testing.T) {
 		s := New(Options{Probe: f.probe})
 		defer run(t, s)()
 		s.Set(append(checks, good))
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		starts := f.times(good.Target)
 		if n := len(starts); n < 59 || n > 62 {
 			t.Errorf("%d probes in a minute", n)
@@ -297,14 +298,13 @@ func TestStart(t *testing.T) {
 				}
 				s.Set(checks)
 				stop := run(t, s)
-				time.Sleep(tt.first)
-				synctest.Wait()
+				bubble.Pass(tt.first)
 				for _, st := range s.Snapshot() {
 					if st.Probes == 0 {
 						t.Fatalf("%v was not probed in %v", st.Check.Target, tt.first)
 					}
 				}
-				time.Sleep(3 * tt.interval)
+				bubble.Pass(3 * tt.interval)
 				stop()
 				perSlot := map[time.Duration]int{}
 				for _, starts := range f.starts {
@@ -330,7 +330,7 @@ func TestSet(t *testing.T) {
 		s := New(Options{Probe: f.probe})
 		defer run(t, s)()
 		s.Set([]Check{a, a}) // two groups with the same check
-		time.Sleep(10500 * time.Millisecond)
+		bubble.Pass(10500 * time.Millisecond)
 		if n := len(f.times(a.Target)); n != 11 {
 			t.Errorf("%d probes of a check that two groups share", n)
 		}
@@ -343,13 +343,13 @@ func TestSet(t *testing.T) {
 		if got := state(t, s, b); got != Initial {
 			t.Errorf("a new check is %v", got)
 		}
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		if n := len(f.times(a.Target)); n != 12 {
 			t.Errorf("%d probes of a check that stays", n)
 		}
 
 		s.Set([]Check{b})
-		time.Sleep(10 * time.Second)
+		bubble.Pass(10 * time.Second)
 		if n := len(f.times(a.Target)); n != 12 {
 			t.Errorf("%d probes of a check that ended", n)
 		}
@@ -398,7 +398,7 @@ func TestChangedCheckAdopts(t *testing.T) {
 				s := New(Options{Probe: f.probe})
 				stop := run(t, s)
 				s.Set(tt.before)
-				time.Sleep(5 * time.Second)
+				bubble.Pass(5 * time.Second)
 				stop()
 				s.Set(tt.after)
 				if got := state(t, s, tt.after[0]); got != tt.want {
@@ -414,7 +414,7 @@ func TestChangedCheckAdopts(t *testing.T) {
 			}})
 			defer run(t, s)()
 			s.Set([]Check{path("/a"), path("/c")})
-			time.Sleep(5 * time.Second)
+			bubble.Pass(5 * time.Second)
 			s.Set([]Check{path("/b")})
 			if got := state(t, s, path("/b")); got != Initial {
 				t.Errorf("%v, want %v", got, Initial)
@@ -432,7 +432,7 @@ func TestRemovedCheckEndsItsProbe(t *testing.T) {
 		s := New(Options{Probe: f.probe, OnChange: func(ts []Transition) { t.Errorf("told %+v", ts) }})
 		defer run(t, s)()
 		s.Set([]Check{c})
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		s.Set(nil)
 		synctest.Wait()
 		f.mu.Lock()
@@ -456,7 +456,7 @@ func TestSlowListener(t *testing.T) {
 		}})
 		defer run(t, s)()
 		s.Set([]Check{flapping, back, failing})
-		time.Sleep(200 * time.Millisecond)
+		bubble.Pass(200 * time.Millisecond)
 		release <- true // the batch, or the batches, of the first successes
 		for synctest.Wait(); ; synctest.Wait() {
 			select {
@@ -469,16 +469,16 @@ func TestSlowListener(t *testing.T) {
 		batches = nil
 
 		f.set(failing.Target, Refused)
-		time.Sleep(2 * time.Second) // OnChange hangs with this one
+		bubble.Pass(2 * time.Second) // OnChange hangs with this one
 		f.set(flapping.Target, Refused)
 		f.set(back.Target, Refused)
-		time.Sleep(2 * time.Second)
+		bubble.Pass(2 * time.Second)
 		f.set(back.Target, OK)
-		time.Sleep(3 * time.Second)
+		bubble.Pass(3 * time.Second)
 		f.set(flapping.Target, OK)
-		time.Sleep(3 * time.Second)
+		bubble.Pass(3 * time.Second)
 		f.set(flapping.Target, Refused)
-		time.Sleep(2 * time.Second)
+		bubble.Pass(2 * time.Second)
 		if n := len(f.times(failing.Target)); n != 13 {
 			t.Errorf("%d probes while OnChange hung", n)
 		}
@@ -506,9 +506,9 @@ func TestUnmadeProbesChangeNothing(t *testing.T) {
 		s := New(Options{Probe: f.probe})
 		defer run(t, s)()
 		s.Set([]Check{c})
-		time.Sleep(time.Second / 2)
+		bubble.Pass(time.Second / 2)
 		f.set(target, Unmade)
-		time.Sleep(10 * time.Second)
+		bubble.Pass(10 * time.Second)
 		st := mustStatus(t, s, c)
 		want := Status{State: Healthy, Description: "could not probe 10.0.1.11:8080: ", Probes: 1, Unmade: 10}
 		if diff := cmp.Diff(want, st, cmpopts.IgnoreFields(Status{}, "Check", "Since", "Last")); diff != "" {
@@ -531,7 +531,7 @@ func TestRunJoins(t *testing.T) {
 		s := New(Options{Probe: f.probe})
 		stop := run(t, s)
 		s.Set(checks)
-		time.Sleep(time.Second)
+		bubble.Pass(time.Second)
 		began := time.Now()
 		stop()
 		if took := time.Since(began); took != 0 {
@@ -560,7 +560,7 @@ func TestOverdue(t *testing.T) {
 			return Result{Target: c.Target, Kind: OK}
 		}})
 		s.Set([]Check{{Target: netip.MustParseAddrPort("10.0.1.11:80"), Interval: 10 * time.Second, Timeout: 4 * time.Second}})
-		time.Sleep(time.Hour)
+		bubble.Pass(time.Hour)
 		if late := s.Overdue(); late != 0 {
 			t.Errorf("overdue for %v before Run", late)
 		}
@@ -568,21 +568,19 @@ func TestOverdue(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- s.Run(ctx) }()
 		for range 600 {
-			time.Sleep(100 * time.Millisecond)
-			synctest.Wait()
+			bubble.Pass(100 * time.Millisecond)
 			if late := s.Overdue(); late > 0 {
 				t.Fatalf("overdue for %v although all is well", late)
 			}
 		}
 		hang.Store(true)
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		// The last good one began up to an interval after that, and had its timeout.
 		if late := s.Overdue(); late < 45*time.Second || late > time.Minute {
 			t.Errorf("overdue for %v after a minute without a result", late)
 		}
 		close(release)
-		time.Sleep(30 * time.Second)
-		synctest.Wait()
+		bubble.Pass(30 * time.Second)
 		if late := s.Overdue(); late > 0 {
 			t.Errorf("overdue for %v although probes end again", late)
 		}
@@ -590,7 +588,7 @@ func TestOverdue(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		if late := s.Overdue(); late < 49*time.Second {
 			t.Errorf("overdue for %v a minute after the last probe was begun", late)
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"nlb/balancer/control"
+	"nlb/internal/bubble"
 )
 
 // growing counts rate flows a second since the epoch at each of some targets.
@@ -51,9 +52,9 @@ func TestHistory(t *testing.T) {
 		source := growing(10, "10.0.1.11")
 		r := newRecorder(source)
 		seenBy(t, r)
-		time.Sleep(2 * time.Second)
+		bubble.Pass(2 * time.Second)
 		seenBy(t, r)
-		time.Sleep(8 * time.Second) // nobody looks
+		bubble.Pass(8 * time.Second) // nobody looks
 		source.change(func(s *script) {
 			s.make = growing(10, "10.0.1.11", "10.0.1.12").make
 		})
@@ -136,7 +137,7 @@ func TestSamplesAreForgotten(t *testing.T) {
 			r := newRecorder(growing(1, "10.0.1.11"))
 			for range 200 {
 				seenBy(t, r)
-				time.Sleep(usualStep)
+				bubble.Pass(usualStep)
 			}
 			if n := len(r.samples); n != int(window/usualStep) {
 				t.Errorf("%d samples are kept, want %d", n, window/usualStep)
@@ -144,7 +145,7 @@ func TestSamplesAreForgotten(t *testing.T) {
 			if want := len(r.samples) * pointSize; r.size != want+targetSize && r.size != want {
 				t.Errorf("they are said to take %d bytes, want %d", r.size, want)
 			}
-			time.Sleep(window)
+			bubble.Pass(window)
 			last := seenBy(t, r)
 			if diff := cmp.Diff("[[70,null,null]]", jsonOf(t, last.samples[len(last.samples)-1].points)); diff != "" || len(last.samples) != 1 {
 				t.Errorf("%d samples after a long time, the last:\n%s", len(last.samples), diff)
@@ -183,7 +184,7 @@ func TestOneAsksForAll(t *testing.T) {
 		if n := source.times(); n != 1 {
 			t.Errorf("the source was asked %d times in one moment", n)
 		}
-		time.Sleep(fresh)
+		bubble.Pass(fresh)
 		if _, err := r.status(t.Context()); err != nil {
 			t.Fatal(err)
 		}

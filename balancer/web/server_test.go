@@ -14,6 +14,8 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+
+	"nlb/internal/bubble"
 )
 
 // A pipes is a listener whose clients are in the same bubble.
@@ -175,8 +177,7 @@ func TestServerLeavesSlowClients(t *testing.T) {
 					t.Fatal(err)
 				}
 				begun := time.Now()
-				time.Sleep(c.want + time.Second)
-				synctest.Wait()
+				bubble.Pass(c.want + time.Second)
 				_, err = io.Copy(io.Discard, c2) // what was written before the end
 				if took := time.Since(begun); err != nil || took != c.want+time.Second {
 					t.Errorf("the connection was there after %v: %v", took, err)

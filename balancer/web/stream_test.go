@@ -18,6 +18,7 @@ import (
 
 	"nlb/balancer"
 	"nlb/balancer/control"
+	"nlb/internal/bubble"
 )
 
 // An event is one server-sent event.
@@ -260,8 +261,7 @@ func TestStreamOutlivesTheServersLimitsAndLeavesWhoDoesNotRead(t *testing.T) {
 			}
 		}
 
-		time.Sleep(usualStep + takenWithin) // without reading
-		synctest.Wait()
+		bubble.Pass(usualStep + takenWithin) // without reading
 		if n := len(s.places); n != 0 {
 			t.Errorf("%d streams go on for somebody who does not read", n)
 		}

@@ -15,6 +15,7 @@ import (
 
 	"nlb/bench/part"
 	"nlb/bench/report"
+	"nlb/internal/bubble"
 )
 
 // scripted is a part that says what it is told to.
@@ -205,7 +206,7 @@ func TestProgress(t *testing.T) {
 		var out strings.Builder
 		progress := newProgress(&out, p)
 		progress.next("first, getting ready")
-		time.Sleep(20 * time.Second) // twice the estimate
+		bubble.Pass(20 * time.Second) // twice the estimate
 		progress.advance(10 * time.Second)
 		progress.next("first, round 1 of 5")
 		want := "first, getting ready                     34s left\n" +

@@ -18,6 +18,7 @@ import (
 	"nlb/balancer/control"
 	"nlb/balancer/metrics"
 	"nlb/healthcheck"
+	"nlb/internal/bubble"
 )
 
 func probeSpec(groups ...string) *balancer.Spec {
@@ -151,8 +152,7 @@ func TestGroupsShareAProbeAndItsVerdict(t *testing.T) {
 		go func() { done <- c.run(ctx) }()
 
 		c.set(probeSpec("blue"))
-		time.Sleep(time.Second)
-		synctest.Wait()
+		bubble.Pass(time.Second)
 		// Green's check is known already: there will be no transition.
 		c.set(probeSpec("blue", "green"))
 		want := map[string]balancer.State{"blue/10.0.1.11:8080": balancer.Healthy, "green/10.0.1.11:8080": balancer.Healthy}
@@ -164,13 +164,12 @@ func TestGroupsShareAProbeAndItsVerdict(t *testing.T) {
 		}
 
 		world.answer(healthcheck.Refused)
-		time.Sleep(15 * time.Second) // one failure of two: no transition, but an error to show
+		bubble.Pass(15 * time.Second) // one failure of two: no transition, but an error to show
 		status := &control.Status{TargetGroups: []control.TargetGroup{{
 			Name:    "green",
 			Targets: []control.Target{{Address: netip.MustParseAddr("10.0.1.11"), Port: 8080}},
 		}}}
-		time.Sleep(10 * time.Second)
-		synctest.Wait()
+		bubble.Pass(10 * time.Second)
 		for k := range want {
 			want[k] = balancer.Unhealthy
 		}
@@ -228,7 +227,7 @@ func TestReloadsAreNoted(t *testing.T) {
 		if got := r.reading(); !got.OK || !got.Succeeded.Equal(loaded) {
 			t.Errorf("before any reload: %+v, want the time %v", got, loaded)
 		}
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		r.note(time.Now(), errors.New("a bad file"))
 		if got := r.reading(); got.OK || !got.Succeeded.Equal(loaded) {
 			t.Errorf("after a failure: %+v, want the time %v", got, loaded)

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
+	"nlb/internal/bubble"
 	"nlb/internal/wait"
 	"nlb/proxyproto/relay"
 )
@@ -427,18 +428,18 @@ func TestIdle(t *testing.T) {
 				t.Errorf("%s: it ended", when)
 			}
 		}
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		lives("with a connection")
 		e.connections = 0
 		if err := w.configure(message{frame: frame{Table: mustEncode(t, web(80))}}); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Minute)
+		bubble.Pass(time.Minute)
 		lives("with a service")
 		if err := w.configure(message{frame: frame{Table: mustEncode(t, web())}}); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(idleFor - time.Second)
+		bubble.Pass(idleFor - time.Second)
 		lives("not long enough")
 		if after := <-ended; after != 2*time.Minute+idleFor {
 			t.Errorf("it ended after %v", after)
