@@ -2,10 +2,10 @@ package conntrack
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
-	"syscall"
 	"time"
 	"unsafe"
 
@@ -22,10 +22,17 @@ const eventBuffer = 16 << 20
 // eventBatch is how many events are taken in before others get at the ledger.
 const eventBatch = 64
 
-// A listener is a socket that gets the end of every flow of ours.
+// eventRest is for how long nobody waits for events after some were taken in. To
+// wake us for each would cost the flow's last packet, in whose path the kernel may
+// send it, more than to send it. Whoever asks for counts takes in what is there
+// first.
+const eventRest = 20 * time.Millisecond
+
+// A listener is a socket that gets the end of every flow of ours. Go's poller does
+// not know it, as that would be woken for each event whether somebody waits or not.
 type listener struct {
-	file  *os.File
-	raw   syscall.RawConn
+	fd    int
+	wake  *os.File // an eventfd that ends a wait
 	buf   []byte
 	drops uint64 // events the kernel had dropped when it was last asked
 }
@@ -37,17 +44,37 @@ func listen(mask uint32, buffer int) (*listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	file := os.NewFile(uintptr(fd), "conntrack events")
 	setReceiveBuffer(fd, buffer)
-	raw, err := file.SyscallConn()
-	if err == nil {
-		err = subscribe(fd, mask)
+	wake := -1
+	if err = subscribe(fd, mask); err == nil {
+		wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC)
 	}
 	if err != nil {
-		_ = file.Close()
+		unix.Close(fd)
 		return nil, err
 	}
-	return &listener{file: file, raw: raw, buf: make([]byte, 16<<10)}, nil
+	return &listener{fd: fd, wake: os.NewFile(uintptr(wake), "conntrack wake"), buf: make([]byte, 16<<10)}, nil
+}
+
+func (l *listener) close() {
+	unix.Close(l.fd)
+	_ = l.wake.Close()
+}
+
+// interrupt ends the wait that is under way, and every later one.
+func (l *listener) interrupt() {
+	_, _ = l.wake.Write(binary.NativeEndian.AppendUint64(nil, 1)) // it may be closed
+}
+
+// await waits for an event, or an interrupt.
+func (l *listener) await() error {
+	fds := []unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}, {Fd: int32(l.wake.Fd()), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(fds, -1)
+		if err != unix.EINTR {
+			return err
+		}
+	}
 }
 
 // subscribe attaches the filter first: none of the events that come is a
@@ -86,10 +113,10 @@ func onlyMarked(mask uint32) []unix.SockFilter {
 }
 
 // lost returns how many events were dropped since the last call.
-func (l *listener) lost(fd int) uint64 {
+func (l *listener) lost() uint64 {
 	var info [unix.SK_MEMINFO_DROPS + 1]uint32
 	size := uint32(unsafe.Sizeof(info))
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_MEMINFO,
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(l.fd), unix.SOL_SOCKET, unix.SO_MEMINFO,
 		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
 	now := uint64(info[unix.SK_MEMINFO_DROPS])
 	if errno != 0 || now == l.drops {
@@ -110,13 +137,12 @@ func (t *Tracker) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("conntrack: %w", err)
 	}
-	defer func() { _ = l.file.Close() }()
+	defer l.close()
 	if err := t.attach(l); err != nil {
 		return err
 	}
 	defer t.detach()
-	// A deadline in the past ends the wait that is under way.
-	defer context.AfterFunc(ctx, func() { _ = l.file.SetReadDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, l.interrupt)()
 
 	if err := t.hear(ctx, l); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("conntrack: %w", err)
@@ -151,17 +177,25 @@ func (t *Tracker) hear(ctx context.Context, l *listener) error {
 	}
 	t.readyOnce.Do(func() { close(t.ready) })
 
-	var failed error
-	err := l.raw.Read(func(fd uintptr) bool {
-		more := true
-		for more && failed == nil {
-			t.mu.Lock()
-			more, failed = t.take(int(fd), eventBatch)
-			t.mu.Unlock()
+	for ctx.Err() == nil {
+		if err := l.await(); err != nil {
+			return fmt.Errorf("wait for conntrack events: %w", err)
 		}
-		return failed != nil
-	})
-	return errors.Join(failed, err)
+		for more := true; more; {
+			t.mu.Lock()
+			var err error
+			more, err = t.take(eventBatch)
+			t.mu.Unlock()
+			if err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(eventRest):
+		}
+	}
+	return nil
 }
 
 func (t *Tracker) baseline(ctx context.Context) error {
@@ -179,28 +213,27 @@ func (t *Tracker) drain() error {
 	if t.events == nil {
 		return nil
 	}
-	var failed error
-	err := t.events.raw.Control(func(fd uintptr) {
-		more := true
-		for more && failed == nil {
-			more, failed = t.take(int(fd), eventBatch)
+	for more := true; more; {
+		var err error
+		if more, err = t.take(eventBatch); err != nil {
+			return err
 		}
-	})
-	return errors.Join(failed, err)
+	}
+	return nil
 }
 
 // take takes in up to n events, and reports whether there may be more. The
 // caller holds mu.
-func (t *Tracker) take(fd, n int) (more bool, err error) {
+func (t *Tracker) take(n int) (more bool, err error) {
 	for range n {
-		size, err := unix.Read(fd, t.events.buf)
+		size, err := unix.Read(t.events.fd, t.events.buf)
 		switch {
 		case err == unix.EAGAIN:
 			return false, nil
 		case err == unix.EINTR:
 			continue
 		case err == unix.ENOBUFS:
-			t.overrun(fd)
+			t.overrun()
 			continue
 		case err != nil:
 			return false, fmt.Errorf("read conntrack events: %w", err)
@@ -225,8 +258,8 @@ func (t *Tracker) note(b []byte) {
 
 // overrun counts events that were lost. There is nothing to repair: the next
 // dump finds the flows gone.
-func (t *Tracker) overrun(fd int) {
-	n := t.events.lost(fd)
+func (t *Tracker) overrun() {
+	n := t.events.lost()
 	t.stats.LostEvents += n
 	if !t.warned {
 		t.warned = true

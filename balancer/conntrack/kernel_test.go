@@ -518,7 +518,7 @@ func TestLostEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.file.Close()
+	defer l.close()
 	if err := tr.attach(l); err != nil {
 		t.Fatal(err)
 	}
@@ -553,31 +553,26 @@ func TestForeignEventsAreFiltered(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.file.Close()
+	defer l.close()
 	create(t, 0, 1000, foreign)
 	create(t, 1000, 1000, 0)
 	create(t, 2000, 1, dns|foreign)
 	empty(t)
 	var got []uint32
-	err = l.raw.Control(func(fd uintptr) {
-		for {
-			n, err := unix.Read(int(fd), l.buf)
-			if err != nil {
-				if err != unix.EAGAIN {
-					t.Errorf("read: %v", err)
-				}
-				return
-			}
-			m, _, _ := nextMessage(l.buf[:n])
-			var r record
-			if err := r.parse(m); err != nil {
-				t.Error(err)
-			}
-			got = append(got, r.mark)
+	for {
+		n, err := unix.Read(l.fd, l.buf)
+		if err == unix.EAGAIN {
+			break
 		}
-	})
-	if err != nil {
-		t.Fatal(err)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, _, _ := nextMessage(l.buf[:n])
+		var r record
+		if err := r.parse(m); err != nil {
+			t.Error(err)
+		}
+		got = append(got, r.mark)
 	}
 	if diff := cmp.Diff([]uint32{dns | foreign}, got); diff != "" {
 		t.Errorf("marks of events (-want +got):\n%s", diff)
