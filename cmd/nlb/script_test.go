@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/vishvananda/netlink"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
@@ -100,12 +101,19 @@ func (o oneByOne) Run(name string, f func(testscript.T)) {
 }
 func (oneByOne) Verbose() bool { return testing.Verbose() }
 
-// emptyNamespace removes what a script that failed may have left.
+// emptyNamespace removes what a script left. VIPs have the scope host and a label.
 func emptyNamespace(t *testing.T) {
-	for _, argv := range [][]string{{"ip", "address", "flush", "dev", "lo", "scope", "global"}, {"nft", "flush", "ruleset"}} {
+	for _, argv := range [][]string{
+		{"ip", "address", "flush", "dev", "lo", "scope", "global"},
+		{"ip", "address", "flush", "dev", "lo", "label", "lo:nlb"},
+		{"nft", "flush", "ruleset"},
+	} {
 		if out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput(); err != nil {
 			t.Errorf("%v: %v: %s", argv, err, out)
 		}
+	}
+	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+		t.Error("flush the connections:", err)
 	}
 }
 
