@@ -18,7 +18,7 @@ func (s *site) martianAt(ctx context.Context, node *lab.Node, source netip.Addr,
 		return Finding{}, err
 	}
 	_, replied, err := s.sofar(ctx, node, func(p lab.Packet) bool {
-		return p.Out && p.Src == came.Dst && p.Flags&(lab.ACK|lab.RST) != 0 && p.SrcPort == targetPort
+		return p.Out && p.From() == came.To() && p.To() == came.From() && p.Flags&(lab.ACK|lab.RST) != 0
 	})
 	if err != nil {
 		return Finding{}, err
