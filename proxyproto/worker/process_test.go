@@ -72,14 +72,21 @@ func TestLife(t *testing.T) {
 	if s := stats.Targets[f.To]; stats.Connections != 1 || s.New != 3 || s.Answered != 3 || s.Active != 1 || stats.MaxConnections == 0 {
 		t.Errorf("stats %+v", stats)
 	}
-	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", r.hello().PID))
-	if err != nil {
-		t.Fatal(err)
-	}
-	// One more or less is the request's own.
-	if most := stats.MaxFiles; stats.OpenFiles < len(open)-1 || stats.OpenFiles > len(open)+1 || most < stats.OpenFiles {
-		t.Errorf("%d of %d files are open, it says %d", len(open), most, stats.OpenFiles)
-	}
+	wait.For(t, waitAtMost, "the number of open files", func() error { // earlier requests' are closed meanwhile
+		stats, err := r.Stats(t.Context())
+		if err != nil {
+			return err
+		}
+		open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", r.hello().PID))
+		if err != nil {
+			return err
+		}
+		// One more or less is the request's own.
+		if most := stats.MaxFiles; stats.OpenFiles < len(open)-1 || stats.OpenFiles > len(open)+1 || most < stats.OpenFiles {
+			return fmt.Errorf("%d of %d files are open, it says %d", len(open), most, stats.OpenFiles)
+		}
+		return nil
+	})
 
 	want.Pools[0].Destinations[0].Weight = 0
 	if d := cmp.Diff([]string{"relay: web 10.0.1.11:8080 weight 1 -> 0"}, converge(t, r.Manager, want)); d != "" {
