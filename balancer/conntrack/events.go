@@ -22,10 +22,9 @@ const eventBuffer = 16 << 20
 // eventBatch is how many events are taken in before others get at the ledger.
 const eventBatch = 64
 
-// eventRest is for how long nobody waits for events after some were taken in. To
-// wake us for each would cost the flow's last packet, in whose path the kernel may
-// send it, more than to send it. Whoever asks for counts takes in what is there
-// first.
+// eventRest is for how long nobody waits for events after some were taken in. The
+// kernel may send one in the path of a packet, which to wake us for it would delay by
+// more than to send it. Whoever asks for counts takes in what is there first.
 const eventRest = 20 * time.Millisecond
 
 // A listener is a socket that gets the end of every flow of ours. Go's poller does

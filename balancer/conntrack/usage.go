@@ -3,6 +3,7 @@ package conntrack
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -123,4 +124,30 @@ func (a *Alarm) Hear(u Usage) (changed bool) {
 	was := a.on
 	a.on = u.Percent() >= mark
 	return a.on != was
+}
+
+// quiet is how long no flow may fail to get into the table before a Shortage is over.
+const quiet = time.Minute
+
+// A Shortage is under way from when the table refuses flows for their addresses and
+// ports (Usage.InsertFailed) until it has refused none for a minute. The zero value has
+// heard nothing yet.
+type Shortage struct {
+	heard  bool
+	failed uint64 // as of the last reading
+	over   time.Time
+}
+
+// Hear takes in a reading, and returns how many flows were refused since the last one if
+// a shortage begins with them, else 0. What was refused before the first is not told.
+func (s *Shortage) Hear(u Usage, now time.Time) (refused uint64) {
+	grown := s.heard && u.InsertFailed > s.failed // the kernel's counters begin anew when they are full
+	if grown && !now.Before(s.over) {
+		refused = u.InsertFailed - s.failed
+	}
+	if grown {
+		s.over = now.Add(quiet)
+	}
+	s.heard, s.failed = true, u.InsertFailed
+	return refused
 }

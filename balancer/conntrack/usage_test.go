@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"nlb/internal/wait"
 )
@@ -102,6 +103,23 @@ func TestResetsAreTold(t *testing.T) {
 	empty(t)
 	if n := counts(t, tr, clk)[web].Resets; n != 1 {
 		t.Errorf("%d resets, want that of one of two flows", n)
+	}
+}
+
+func TestShortage(t *testing.T) {
+	var s Shortage
+	now := time.Unix(1, 0)
+	for _, step := range []struct {
+		after          time.Duration
+		failed, refuse uint64
+	}{
+		{0, 7, 0}, {time.Second, 7, 0}, {time.Second, 10, 3}, {time.Second, 15, 0}, {quiet - 1, 16, 0}, {quiet, 16, 0},
+		{time.Second, 18, 2}, {quiet, 1, 0}, {time.Second, 2, 1},
+	} {
+		now = now.Add(step.after)
+		if got := s.Hear(Usage{InsertFailed: step.failed}, now); got != step.refuse {
+			t.Errorf("%d failed at %v: a shortage of %d, want %d", step.failed, now, got, step.refuse)
+		}
 	}
 }
 

@@ -95,6 +95,7 @@ var (
 	FlowsNotTimed        = kind("flows.idle_timeouts_failed", "The idle timeouts of flows in the flowtable cannot be kept for now.", "error")
 	ConntrackNearlyFull  = kind("conntrack.nearly_full", "The conntrack table is 80 % full: when it is full, new flows are dropped.", "count", "max", "dropped", "early_dropped")
 	ConntrackRelaxed     = kind("conntrack.relaxed", "Less than 70 % of the conntrack table is in use.", "count", "max", "dropped", "early_dropped")
+	FlowsRefused         = kind("flows.refused", "New flows were dropped because others had their addresses and ports: under SNAT, no source port was left towards a target. Told again after a minute without any.", "refused", "refused_total")
 	ConntrackUnread      = kind("conntrack.unread", "How full the conntrack table is cannot be read for now.", "error")
 	FlowEventsLost       = kind("flows.events_lost", "The kernel said more of flows than could be read: their last bytes are not counted. Told once.", "lost", "lost_total")
 	SysctlSet            = kind("sysctl.set", "A sysctl was set.", "key", "value")

@@ -21,18 +21,19 @@ type gauge struct {
 	log  *zap.Logger
 	read func(context.Context) (conntrack.Usage, error)
 
-	mu    sync.Mutex // guards the rest
-	usage conntrack.Usage
-	err   error // why there is no usage
-	alarm conntrack.Alarm
+	mu       sync.Mutex // guards the rest
+	usage    conntrack.Usage
+	err      error // why there is no usage
+	alarm    conntrack.Alarm
+	shortage conntrack.Shortage
 }
 
 func newGauge(read func(context.Context) (conntrack.Usage, error), log *zap.Logger) *gauge {
 	return &gauge{log: log, read: read}
 }
 
-// Run looks again and again until ctx ends. It warns when the table is nearly full, and
-// says when it is not any more.
+// Run looks again and again until ctx ends. It warns when the table is nearly full or
+// refuses flows, and says when it has room again.
 func (g *gauge) Run(ctx context.Context) error {
 	tick := time.NewTicker(watching)
 	defer tick.Stop()
@@ -59,6 +60,10 @@ func (g *gauge) look(ctx context.Context) {
 		return
 	}
 	g.usage, g.err = usage, nil
+	if n := g.shortage.Hear(usage, time.Now()); n > 0 {
+		g.log.Warn("new flows are dropped because others have their addresses and ports: with SNAT, add source_addresses or targets",
+			events.FlowsRefused.Field(), zap.Uint64("refused", n), zap.Uint64("refused_total", usage.InsertFailed))
+	}
 	if !g.alarm.Hear(usage) {
 		return
 	}

@@ -454,6 +454,7 @@ func TestConntrackFull(t *testing.T) {
 		if dropped < syns-in || in > syns/10 {
 			return fmt.Errorf("%d were counted for %d new flows, of which %d got in", dropped, syns, in)
 		}
+		t.Logf("%d of %d entries; of %d new flows %d got in, and %d drops were counted", full.Count, full.Max, syns, in, dropped)
 		return nil
 	})
 	now, err := flows.Check(soon(t))
@@ -465,20 +466,25 @@ func TestConntrackFull(t *testing.T) {
 			t.Errorf("a flow is broken or moved by a full table: %+v", flow)
 		}
 	}
+	t.Logf("%d flows that were there were asked", len(now))
 	if out := d.run("doctor", "-c", d.config, "-o", "json"); !strings.Contains(out.stdout, `"conntrack-full"`) {
 		t.Errorf("nlb doctor does not find a full table: %s%s", out.stdout, out.stderr)
 	}
 
 	must(t, top.LB, "conntrack", "-F")
-	if got := call(t, top.Clients[0], lab.Call{Network: "tcp", Dst: dst, N: 20}); got.OK != 20 {
+	room := time.Now()
+	got := call(t, top.Clients[0], lab.Call{Network: "tcp", Dst: dst, N: 20})
+	if got.OK != 20 {
 		t.Errorf("when there is room again: %v", got)
 	}
+	t.Logf("%d of 20 new connections were answered %v after there was room", got.OK, time.Since(room).Round(time.Millisecond))
 	wait.For(t, limit, "the alarm's end", func() error {
 		if u := usage(); u.Alarm {
 			return fmt.Errorf("%+v", u)
 		}
 		return nil
 	})
+	t.Logf("the alarm had ended %v after there was room", time.Since(room).Round(time.Millisecond))
 	for _, words := range []string{"the conntrack table is nearly full", "the conntrack table has room again"} {
 		if n := strings.Count(d.log.String(), words); n != 1 {
 			t.Errorf("%q is in the log %d times", words, n)
@@ -601,14 +607,21 @@ func TestSourcePortsExhausted(t *testing.T) {
 	}
 	failures := func() int { return int(d.status().Conntrack.InsertFailuresTotal) }
 	send(2 * ports)
+	sent := time.Now()
 	// The kernel looks at some ports at random and not at all: the last ones may stay free.
 	wait.For(t, limit, "one source", func() error {
 		got, failed := sourced(top.LB.Addr4), failures()
 		if got < ports*9/10 || got > ports || failed != 2*ports-got {
 			return fmt.Errorf("of %d flows %d got one of %d ports, and %d failures were counted", 2*ports, got, ports, failed)
 		}
+		t.Logf("of %d flows %d got one of %d ports, and %d failures were in the status %v later",
+			2*ports, got, ports, failed, time.Since(sent).Round(time.Millisecond))
 		return nil
 	})
+
+	const event = `"event": "flows.refused"`
+	wait.Until(t, limit, "the event", func() bool { return strings.Contains(d.log.String(), event) })
+	t.Logf("it was told %v after the flows", time.Since(sent).Round(time.Millisecond))
 
 	second := netip.MustParseAddr("10.0.1.2")
 	if err := top.LB.Address("lo", netip.PrefixFrom(second, 32)); err != nil {
@@ -621,9 +634,11 @@ func TestSourcePortsExhausted(t *testing.T) {
 	before := failures()
 	send(4 * ports) // a hash shares them out
 	wait.For(t, limit, "two sources", func() error {
-		if got := sourced(second); got < ports*9/10 || failures() == before {
+		got := sourced(second)
+		if got < ports*9/10 || failures() == before {
 			return fmt.Errorf("%d flows from the second source, of %d ports; %d failures", got, ports, failures()-before)
 		}
+		t.Logf("%d flows from the second source, of %d ports; %d failures", got, ports, failures()-before)
 		return nil
 	})
 }
