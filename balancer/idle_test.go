@@ -31,7 +31,7 @@ func (a *agingFlows) SetTimeouts(_ context.Context, timeout func(Flow) (time.Dur
 	a.mu.Lock()
 	takes := a.takes
 	a.mu.Unlock()
-	time.Sleep(takes)
+	time.Sleep(takes) // of the bubble's time
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.looks++

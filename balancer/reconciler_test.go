@@ -413,7 +413,7 @@ func (p *slowPart) Name() string                      { return "slow" }
 func (p *slowPart) Apply(context.Context, Plan) error { return nil }
 func (p *slowPart) Plan(context.Context, *Desired) (Plan, error) {
 	p.plans.Add(1)
-	time.Sleep(p.takes)
+	time.Sleep(p.takes) // of the bubble's time
 	return fakePlan{}, nil
 }
 
@@ -522,6 +522,6 @@ func TestVerdictsLeaveAloneWhatIgnoresThem(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		asked("resync", 1, func() { time.Sleep(time.Minute) })
+		asked("resync", 1, func() { bubble.Pass(time.Minute) })
 	})
 }

@@ -282,6 +282,7 @@ func TestDrainedFlowsAreForgottenHoweverLate(t *testing.T) {
 			w.set(func() { w.fail["forget"] = busy })
 			time.AfterFunc(time.Minute, func() { w.set(func() { delete(w.fail, "forget") }) })
 		}, "59.5s forget"},
+		// What follows takes long in the bubble's time.
 		{"a look at all flows takes until there is little time left", func(t *testing.T, r *Reconciler, w *flowWorld) {
 			w.set(func() { w.first["prune"] = func() { time.Sleep(terminateFor) } })
 			lookAtAll(t, r)
@@ -434,7 +435,7 @@ func TestFlowsAreJudgedWhenItMatters(t *testing.T) {
 			t.Errorf("%d times after a change of a listener", n)
 		}
 		// Once more where a pass was under way, which may come at the same moment.
-		if n := prunes(func() { time.Sleep(pruneEvery) }); n != 1 && n != 2 {
+		if n := prunes(func() { bubble.Pass(pruneEvery) }); n != 1 && n != 2 {
 			t.Errorf("%d times after a while", n)
 		}
 	})

@@ -250,7 +250,7 @@ func (s *session) console(t *testing.T, b block, c command) {
 	as := func() error {
 		out, code, err := s.run(c.line + "\n")
 		if err != nil {
-			return fmt.Errorf("%w\n%s", err, out)
+			t.Fatalf("%s: %v\n%s", c.line, err, out) // there is no shell to ask again
 		}
 		if (code != 0) == b.has("fails") && like(c.prints, out) {
 			return nil

@@ -556,7 +556,7 @@ func TestOverdue(t *testing.T) {
 			if hang.Load() {
 				<-release // although its time is over
 			}
-			time.Sleep(c.Timeout)
+			time.Sleep(c.Timeout) // of the bubble's time
 			return Result{Target: c.Target, Kind: OK}
 		}})
 		s.Set([]Check{{Target: netip.MustParseAddrPort("10.0.1.11:80"), Interval: 10 * time.Second, Timeout: 4 * time.Second}})

@@ -75,7 +75,8 @@ func TestManyChangesUnderLoad(t *testing.T) {
 			check(fmt.Sprintf("after %d reloads", n+1))
 		}
 	}
-	t.Logf("a reload took %v", (time.Since(begun) / time.Duration(reloads)).Round(time.Millisecond))
+	t.Logf("%d reloads, of %v each; %d flows were asked after every tenth",
+		reloads, (time.Since(begun) / time.Duration(reloads)).Round(time.Millisecond), len(holdings)*flows)
 	last := file(0)
 	last.Groups[0].Deregister = leaving(0, true)
 	if err := d.reload(last.String()); err != nil {

@@ -148,7 +148,7 @@ func (d *daemon) tidy() {
 // writes, so that the kill falls between two of them.
 func TestKillDuringTheFirstStart(t *testing.T) {
 	if _, err := exec.LookPath("strace"); err != nil {
-		t.Skip("strace is not installed")
+		t.Fatal("strace is missing, which make deps installs")
 	}
 	const kills = 16
 	top, d := served(t, lab.Options{Targets: 2}, 2)
@@ -221,7 +221,7 @@ func TestStopAtAnyMoment(t *testing.T) {
 // A daemon that dies over its key, again and again, does not fill the folder.
 func TestKilledKeysLeaveNoLitter(t *testing.T) {
 	if _, err := exec.LookPath("strace"); err != nil {
-		t.Skip("strace is not installed")
+		t.Fatal("strace is missing, which make deps installs")
 	}
 	_, d := served(t, lab.Options{Targets: 2}, 2)
 	d.stop()
