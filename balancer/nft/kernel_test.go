@@ -204,7 +204,7 @@ func TestDrift(t *testing.T) {
 		"add element inet nlb allow.dns { 192.0.2.0/24 }",
 		"flush set inet nlb ended",
 		"add element inet nlb ended { 0x00004000 }",
-		"flush chain inet nlb prompts",
+		"flush chain inet nlb leaving",
 		"add rule inet nlb prerouting accept",
 		"insert rule inet nlb unwanted accept",
 		"flush chain inet nlb unwanted; add rule inet nlb unwanted accept",

@@ -22,6 +22,7 @@ const (
 	chainUnwanted = "unwanted"
 	chainGuard    = "guard"
 	chainSource   = "source"
+	chainLeaving  = "leaving"
 
 	setEnded = "ended" // targets whose flows are being ended
 
@@ -168,7 +169,7 @@ func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 	if t.UntrackedRelay {
 		fromOutside, guard = append(relayedBefore(), fromOutside...), append(guardUntracked(), guard...)
 	}
-	return []*Chain{
+	chains := []*Chain{
 		nat("prerouting", unix.NF_INET_PRE_ROUTING, priorityDNAT, fromOutside...),
 		nat("output", unix.NF_INET_LOCAL_OUT, priorityDNAT,
 			rule(func(b *ruleBuilder) { b.metaMarkIs(balancer.ProbeMark); b.returns() }), toDispatch),
@@ -178,12 +179,29 @@ func baseChains(t *balancer.Table, ending, observed bool) []*Chain {
 			b.jump(chainGuard)
 		})...),
 		filter(chainForward, unix.NF_INET_FORWARD, forwardRules(unproven)...),
-		filter("outgoing", unix.NF_INET_LOCAL_OUT, redirectRule()),
-		{Name: "prompts", Base: &Base{Type: "filter", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityRaw}, Rules: []Rule{promptRule()}},
+		rawChain(chainLeaving, unix.NF_INET_LOCAL_OUT, leavingRules(t)),
 		{Name: chainDispatch, Rules: dispatchRules()},
 		{Name: chainUnwanted, Rules: unwantedRules()},
 		{Name: chainGuard, Rules: guard},
 	}
+	if ending || observed {
+		chains = append(chains, filter("outgoing", unix.NF_INET_LOCAL_OUT))
+	}
+	return chains
+}
+
+// rawChain is one before connection tracking.
+func rawChain(name string, hook uint32, rules []Rule) *Chain {
+	return &Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityRaw}, Rules: rules}
+}
+
+// leavingRules are of all that this host sends. The relay's packets, of which there
+// are the most, end at the first.
+func leavingRules(t *balancer.Table) (rules []Rule) {
+	if t.UntrackedRelay {
+		rules = untrackedLeaving()
+	}
+	return append(rules, promptRule(), redirectRule())
 }
 
 func eachFamily(fill func(*ruleBuilder, *family)) (rules []Rule) {

@@ -12,8 +12,8 @@ import (
 // Names of what keeps relayed connections out of connection tracking.
 const (
 	chainArriving   = "untracked_arriving"
-	chainLeaving    = "untracked_leaving"
 	chainUntracked  = "untracked"
+	chainWelcome    = "welcome"
 	chainUntargeted = "untargeted"
 
 	setRelayed      = "relayed"      // services whose connections are all relayed
@@ -63,23 +63,20 @@ func renderUntracked(rs *Ruleset, t *balancer.Table) {
 		}
 	}
 	rs.addChain(&Chain{Name: chainUntracked, Rules: untrackedRules()})
+	rs.addChain(&Chain{Name: chainWelcome, Rules: welcomeRules()})
 	rs.addChain(untargetedChain())
-	raw := func(name string, hook uint32, rules []Rule) {
-		rs.addChain(&Chain{Name: name, Base: &Base{Type: "filter", Hook: hook, Priority: priorityRaw}, Rules: rules})
-	}
-	raw(chainArriving, unix.NF_INET_PRE_ROUTING, arrivingRules())
-	raw(chainLeaving, unix.NF_INET_LOCAL_OUT, leavingRules())
+	rs.addChain(rawChain(chainArriving, unix.NF_INET_PRE_ROUTING, untrackedArriving()))
 }
 
 func untargetedChain() *Chain {
 	return &Chain{Name: chainUntargeted, Rules: []Rule{rule(func(b *ruleBuilder) { b.dropAs(counterNoTarget) })}}
 }
 
-// arrivingRules find what comes from clients and targets. That a packet from a
+// untrackedArriving finds what comes from clients and targets. That a packet from a
 // target is for a socket of this host is asked last: it may be the answer to
 // somebody whom a masquerade gave the relay's address, or whom we did when the
 // target was not relayed yet.
-func arrivingRules() []Rule {
+func untrackedArriving() []Rule {
 	return slices.Concat(
 		untrack(func(b *ruleBuilder, f *family) { b.destServiceInSet(f, setRelayed+f.name) }),
 		untrack(func(b *ruleBuilder, f *family) {
@@ -90,9 +87,9 @@ func arrivingRules() []Rule {
 	)
 }
 
-// leavingRules find what goes to clients and targets, and what clients and
+// untrackedLeaving finds what goes to clients and targets, and what clients and
 // targets on this host send.
-func leavingRules() []Rule {
+func untrackedLeaving() []Rule {
 	return slices.Concat(
 		untrack(func(b *ruleBuilder, f *family) { b.sourceServiceInSet(f, setRelayed+f.name) }),
 		untrack(func(b *ruleBuilder, f *family) {
@@ -143,19 +140,27 @@ func guardUntracked() []Rule {
 	}
 }
 
-// untrackedRules accept clients' segments, except new connections that are turned
-// away, and the answers to clients on this host. The rest goes on in the guard.
+// untrackedRules welcome clients' segments, and accept the answers to clients on
+// this host. The rest goes on in the guard.
 func untrackedRules() []Rule {
 	return slices.Concat(
-		eachFamily(func(b *ruleBuilder, f *family) {
-			b.l4proto(unix.IPPROTO_TCP)
-			b.tcpSYN(unix.NFT_CMP_EQ, "==")
-			b.destService(f)
-			b.vmap(mapScreened+f.name, 0)
-		}),
-		eachFamily(func(b *ruleBuilder, f *family) { b.destServiceInSet(f, setRelayed+f.name); b.accept() }),
+		eachFamily(func(b *ruleBuilder, f *family) { b.destServiceInSet(f, setRelayed+f.name); b.goTo(chainWelcome) }),
 		eachFamily(func(b *ruleBuilder, f *family) { b.sourceServiceInSet(f, setRelayed+f.name); b.accept() }),
 	)
+}
+
+// welcomeRules accept clients' segments, except new connections that are turned away.
+func welcomeRules() []Rule {
+	rules := []Rule{rule(func(b *ruleBuilder) {
+		b.l4proto(unix.IPPROTO_TCP)
+		b.tcpSYN(unix.NFT_CMP_NEQ, "!=")
+		b.accept()
+	})}
+	rules = append(rules, eachFamily(func(b *ruleBuilder, f *family) {
+		b.destService(f)
+		b.vmap(mapScreened+f.name, 0)
+	})...)
+	return append(rules, rule(func(b *ruleBuilder) { b.accept() }))
 }
 
 func unknownError(proto uint8, keyword string, first, last uint8) Rule {

@@ -70,7 +70,7 @@ func TestUntrackedIsListed(t *testing.T) {
 		t.Errorf("a rule is missing:\n%s", list)
 	}
 	for _, script := range []string{
-		"flush chain inet nlb untracked_arriving", "flush chain inet nlb untracked_leaving", "flush set inet nlb relayed4",
+		"flush chain inet nlb untracked_arriving", "flush chain inet nlb leaving", "flush chain inet nlb welcome", "flush set inet nlb relayed4",
 		"add element inet nlb relayed4 { 198.51.100.11 . tcp . 22 }", "flush map inet nlb screened4", "flush chain inet nlb screen.closed",
 		"add element inet nlb relaysources6 { 2001:db8::1 }", "delete element inet nlb relayeddests4 { 10.0.1.12 . tcp . 9090 }",
 		"insert rule inet nlb guard ct state untracked accept",
