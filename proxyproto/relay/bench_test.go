@@ -145,6 +145,7 @@ func BenchmarkMachine(b *testing.B) {
 type quiet struct{ kernel }
 
 func (quiet) watch(int32, token) unix.Errno                              { return 0 }
+func (quiet) acknowledge(int32)                                          {}
 func (quiet) dial(netip.AddrPort, netip.Addr, token) (int32, unix.Errno) { return 4, 0 }
 func (quiet) read(int32, []byte) (int, unix.Errno)                       { return 64, 0 }
 func (quiet) write(_ int32, p []byte) (int, unix.Errno)                  { return len(p), 0 }

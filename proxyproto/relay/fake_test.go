@@ -49,6 +49,7 @@ type fakeSocket struct {
 	gotRST bool
 	urgent bool // reads stop short
 	inline bool
+	prompt bool // acknowledges at once
 }
 
 type fakePipe struct {
@@ -168,6 +169,14 @@ func (k *fakeKernel) splice(from, to int32, n int) (int, unix.Errno) {
 }
 
 func (k *fakeKernel) inline(fd int32) { k.socket(fd).inline = true }
+
+func (k *fakeKernel) acknowledge(fd int32) {
+	s := k.socket(fd)
+	if s.connecting {
+		k.t.Fatal("a handshake's ACK that goes out alone")
+	}
+	s.prompt = true
+}
 
 func (k *fakeKernel) finish(fd int32) unix.Errno {
 	s := k.socket(fd)

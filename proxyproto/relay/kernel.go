@@ -15,8 +15,12 @@ type kernel interface {
 	// is closed.
 	watch(fd int32, t token) unix.Errno
 	// dial opens a socket, bound to source if that is valid, begins to connect
-	// it, and watches it. After an error there is no socket.
+	// it, and watches it. After an error there is no socket. The ACK that ends the
+	// handshake waits for what is written first, to be one segment with it.
 	dial(to netip.AddrPort, source netip.Addr, t token) (int32, unix.Errno)
+	// acknowledge has a dialed socket send its ACKs at once from now on. Call it
+	// after the first write.
+	acknowledge(fd int32)
 	// outcome returns a socket's pending error, and clears it.
 	outcome(fd int32) unix.Errno
 

@@ -396,9 +396,11 @@ func (m *machine) greet(c *conn) {
 		c.first = int32(n)
 		out = out[:len(out)+n]
 	}
-	if m.send(c, &c.up, &c.target, out) {
-		m.endGreeting(c)
+	if !m.send(c, &c.up, &c.target, out) {
+		return
 	}
+	m.kernel.acknowledge(c.target.fd)
+	m.endGreeting(c)
 }
 
 func (m *machine) goOnGreeting(c *conn) {

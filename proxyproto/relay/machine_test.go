@@ -135,6 +135,9 @@ func checkStory(t testing.TB, i int, st *story) {
 	if len(sent) != len(want) || len(st.client.got) != len(st.told) {
 		t.Errorf("connection %d: %d of %d and %d of %d bytes arrived", i, len(sent), len(want), len(st.client.got), len(st.told))
 	}
+	if !st.target.prompt {
+		t.Errorf("connection %d: the target's answers are acknowledged late", i)
+	}
 	if st.client.gotRST || st.target.gotRST || !st.client.gotFIN || !st.target.gotFIN {
 		t.Errorf("connection %d did not end with two FINs: %+v", i, st)
 	}
@@ -293,7 +296,7 @@ func TestFirstBytesTravelWithTheHeader(t *testing.T) {
 	if want := append(header(), "GET /"...); !bytes.Equal(b.target.got, want) {
 		t.Errorf("the target got %q", b.target.got)
 	}
-	if n := b.k.calls - before; n != 2 { // a read and a write
+	if n := b.k.calls - before; n != 3 { // a read, a write, and that ACKs go out at once
 		t.Errorf("%d calls", n)
 	}
 }
