@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -206,6 +207,14 @@ type TargetGroup struct {
 // ClientIPOf is how the client's address travels to one of g's targets.
 func (g *TargetGroup) ClientIPOf(t Target) ClientIP {
 	return cmp.Or(t.ClientIP, g.ClientIP)
+}
+
+// Forwards reports whether the kernel has flows of any target of s to send on, and not
+// the relay alone.
+func (s *Spec) Forwards() bool {
+	return slices.ContainsFunc(s.TargetGroups, func(g TargetGroup) bool {
+		return g.ClientIP != ProxyProtocolV2 || slices.ContainsFunc(g.Targets, func(t Target) bool { return g.ClientIPOf(t) != ProxyProtocolV2 })
+	})
 }
 
 // DeregistrationDelay is what happens to the flows of a target that leaves.

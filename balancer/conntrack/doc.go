@@ -33,7 +33,9 @@
 // The end of a flow is a message, which the kernel writes where the flow ends: by a
 // timer, or in the path of a packet that uses its addresses again. That is about two
 // hundredths of what a short connection costs. To be woken for it would be another
-// tenth, so messages are read by the batch.
+// tenth, so messages are read by the batch. The kernel writes them for strangers' flows
+// and for the relay's as well, and drops them at our socket: where nobody but the relay
+// has flows, the tracker does not listen ([Tracker.ExpectNone]).
 //
 // The ledger keeps about 50 bytes for each flow of ours. A dump reads the whole
 // table, since the kernel's filter knows equality with one mark (CTA_MARK and

@@ -30,22 +30,23 @@ const eventRest = 20 * time.Millisecond
 // A listener is a socket that gets the end of every flow of ours. Go's poller does
 // not know it, as that would be woken for each event whether somebody waits or not.
 type listener struct {
-	fd    int
-	wake  *os.File // an eventfd that ends a wait
-	buf   []byte
-	drops uint64 // events the kernel had dropped when it was last asked
+	fd     int
+	wake   *os.File // an eventfd that ends a wait
+	buf    []byte
+	drops  uint64 // events the kernel had dropped when it was last asked
+	member bool   // of those whom the kernel tells
 }
 
-// listen opens a listener. The kernel drops events of other people's flows
-// before they take room in it.
-func listen(mask uint32, buffer int) (*listener, error) {
+// listen opens a listener, which is told of nothing before it has joined. The kernel
+// drops events of flows that are not counted before they take room in it.
+func listen(mask, uncounted uint32, buffer int) (*listener, error) {
 	fd, err := open(unix.SOCK_NONBLOCK)
 	if err != nil {
 		return nil, err
 	}
 	setReceiveBuffer(fd, buffer)
 	wake := -1
-	if err = subscribe(fd, mask); err == nil {
+	if err = attachFilter(fd, onlyMarked(mask, uncounted)); err == nil {
 		wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC)
 	}
 	if err != nil {
@@ -76,25 +77,35 @@ func (l *listener) await() error {
 	}
 }
 
-// subscribe attaches the filter first: none of the events that come is a
-// stranger's.
-func subscribe(fd int, mask uint32) error {
-	filter := onlyMarked(mask)
+// join has the kernel tell. A listener that is nil cannot.
+func (l *listener) join() error { return l.be(true, unix.NETLINK_ADD_MEMBERSHIP) }
+
+// leave has it say nothing more.
+func (l *listener) leave() error { return l.be(false, unix.NETLINK_DROP_MEMBERSHIP) }
+
+func (l *listener) be(member bool, option int) error {
+	if l == nil || l.member == member {
+		return nil
+	}
+	if err := unix.SetsockoptInt(l.fd, unix.SOL_NETLINK, option, unix.NFNLGRP_CONNTRACK_DESTROY); err != nil {
+		return fmt.Errorf("subscribe to conntrack events: %w", err)
+	}
+	l.member = member
+	return nil
+}
+
+func attachFilter(fd int, filter []unix.SockFilter) error {
 	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 	if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &prog); err != nil {
 		return fmt.Errorf("filter conntrack events: %w", err)
-	}
-	err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_CONNTRACK_DESTROY)
-	if err != nil {
-		return fmt.Errorf("subscribe to conntrack events: %w", err)
 	}
 	return nil
 }
 
 // onlyMarked is a filter (bpf(4) in the BSDs, linux/filter.h) that passes
-// messages whose CTA_MARK has a bit of mask. The kernel leaves the attribute
-// out when the mark is 0.
-func onlyMarked(mask uint32) []unix.SockFilter {
+// messages whose CTA_MARK has a bit of mask, and not just those of uncounted. The
+// kernel leaves the attribute out when the mark is 0.
+func onlyMarked(mask, uncounted uint32) []unix.SockFilter {
 	// A load from here searches, from offset A, for an attribute of type X.
 	// Its offset goes to A; 0 says there is none.
 	const findAttribute = 0x100000000 - 0x1000 + 12 // SKF_AD_OFF + SKF_AD_NLATTR
@@ -102,10 +113,12 @@ func onlyMarked(mask uint32) []unix.SockFilter {
 		{Code: unix.BPF_LD | unix.BPF_IMM, K: nlHeader + nfHeader},
 		{Code: unix.BPF_LDX | unix.BPF_IMM, K: ctaMark},
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: findAttribute},
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jt: 3},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jt: 5},
 		{Code: unix.BPF_MISC | unix.BPF_TAX},
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_IND, K: unix.SizeofNlAttr},
-		{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: mask, Jt: 1},
+		{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: mask},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jt: 1},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uncounted, Jf: 1},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0xffffffff},
 	}
@@ -132,7 +145,7 @@ func (l *listener) lost() uint64 {
 // tells when it does; flows that begin before it may not be heard when they
 // end. It starts no goroutine, and may be called again when it has returned.
 func (t *Tracker) Run(ctx context.Context) error {
-	l, err := listen(t.mask, eventBuffer)
+	l, err := listen(t.mask, t.uncounted, eventBuffer)
 	if err != nil {
 		return fmt.Errorf("conntrack: %w", err)
 	}
@@ -159,7 +172,26 @@ func (t *Tracker) attach(l *listener) error {
 		return errors.New("conntrack: the tracker runs already")
 	}
 	t.events = l
-	return nil
+	return l.join() // the baseline shows whether there is a flow, if none is expected
+}
+
+// ExpectNone says that no flow to count will begin. Once none is left, Run does not
+// listen: for whoever does, the kernel makes a message of each flow's end, also of
+// those that are not counted.
+func (t *Tracker) ExpectNone() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.idle = true // the next survey shows whether one is left
+}
+
+// Expect says that flows to count may begin, as they may from the start. Call it before
+// the first can, after an ExpectNone. It fails if the kernel does not tell of flows'
+// ends.
+func (t *Tracker) Expect() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.idle = false
+	return t.events.join()
 }
 
 func (t *Tracker) detach() {
@@ -249,7 +281,7 @@ func (t *Tracker) note(b []byte) {
 		if m.typ != msgDelete || r.parse(m) != nil {
 			continue
 		}
-		if key := r.mark & t.mask; key != 0 {
+		if key := t.key(&r); key != 0 {
 			t.ledger.end(key, &r)
 		}
 	}

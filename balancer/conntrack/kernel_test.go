@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -514,7 +515,7 @@ func TestLostEvents(t *testing.T) {
 	host(t)
 	core, logged := observer.New(zap.WarnLevel)
 	tr, clk := newTracker(t, zap.New(core))
-	l, err := listen(mask, 4096)
+	l, err := listen(mask, 0, 4096)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -546,16 +547,20 @@ func TestLostEvents(t *testing.T) {
 	}
 }
 
-// Other people's events take no room in our socket.
+// Events of flows that we do not count take no room in our socket.
 func TestForeignEventsAreFiltered(t *testing.T) {
 	host(t)
-	l, err := listen(mask, 4096)
+	l, err := listen(mask, web, 4096)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.close()
+	if err := l.join(); err != nil {
+		t.Fatal(err)
+	}
 	create(t, 0, 1000, foreign)
-	create(t, 1000, 1000, 0)
+	create(t, 1000, 500, 0)
+	create(t, 1500, 500, web|foreign)
 	create(t, 2000, 1, dns|foreign)
 	empty(t)
 	var got []uint32
@@ -577,6 +582,69 @@ func TestForeignEventsAreFiltered(t *testing.T) {
 	if diff := cmp.Diff([]uint32{dns | foreign}, got); diff != "" {
 		t.Errorf("marks of events (-want +got):\n%s", diff)
 	}
+}
+
+// The kernel makes no messages for us as long as there is nothing to count, and loses
+// none when there is.
+func TestExpect(t *testing.T) {
+	host(t)
+	tr, clk := newTracker(t, nil)
+	tr.uncounted = web
+	listens := func(want bool) {
+		t.Helper()
+		if got := heard(t); got != want {
+			t.Errorf("somebody is told of flows' ends: %v, want %v", got, want)
+		}
+	}
+	tr.ExpectNone()
+	create(t, 0, 10, web)
+	stop := start(t, tr)
+	listens(false)
+	if got := counts(t, tr, clk); len(got) != 0 {
+		t.Errorf("%v is counted", got)
+	}
+
+	if err := tr.Expect(); err != nil {
+		t.Fatal(err)
+	}
+	listens(true)
+	datagrams(t, "203.0.113.9", "198.51.100.10:53", 5, 100)
+	tr.ExpectNone()
+	if got := counts(t, tr, clk)[dns].Active; got != 1 {
+		t.Errorf("%d flows, want 1", got)
+	}
+	listens(true) // for its end
+	empty(t)
+	if got := counts(t, tr, clk)[dns]; got != (Counts{Bytes: 5 * 128, Packets: 5}) {
+		t.Errorf("%+v when the flow has ended", got)
+	}
+	listens(false)
+
+	// A daemon that starts finds what another one left.
+	create(t, 100, 1, dns)
+	stop()
+	listens(false)
+	next, _ := newTracker(t, nil)
+	next.ExpectNone()
+	start(t, next)
+	listens(true)
+}
+
+// heard reports whether anybody in the namespace is told of flows' ends.
+func heard(t testing.TB) bool {
+	t.Helper()
+	sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(sockets)) {
+		f := strings.Fields(line) // sk, protocol, port, groups
+		groups, err := strconv.ParseUint(f[3], 16, 32)
+		if f[1] == strconv.Itoa(unix.NETLINK_NETFILTER) && err == nil && groups&(1<<(unix.NFNLGRP_CONNTRACK_DESTROY-1)) != 0 {
+			return true
+		}
+	}
+	return false
 }
 
 func TestRunIsJoined(t *testing.T) {

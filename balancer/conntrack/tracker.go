@@ -25,6 +25,8 @@ type Options struct {
 	// Mask has the bits of the conntrack mark that name a flow's target. A
 	// flow is ours if it has any of them. It must not be 0.
 	Mask uint32
+	// Uncounted is the key of flows that somebody else counts; 0 for none.
+	Uncounted uint32
 }
 
 // Counts are what the flows of one key did.
@@ -61,9 +63,10 @@ type Stats struct {
 // A Tracker counts flows. Its methods may be called from many goroutines, and
 // except for Counts' bytes of ended flows none needs Run.
 type Tracker struct {
-	log   *zap.Logger
-	mask  uint32
-	conns pool
+	log       *zap.Logger
+	mask      uint32
+	uncounted uint32
+	conns     pool
 	// now is time.Now but for tests.
 	now func() time.Time
 
@@ -79,6 +82,7 @@ type Tracker struct {
 	mu     sync.Mutex // guards the rest
 	ledger *ledger
 	events *listener // nil unless Run runs
+	idle   bool      // no flow to count is expected
 	warned bool      // of lost events, since the last dump
 	stats  Stats
 }
@@ -93,7 +97,7 @@ func New(o Options) (*Tracker, error) {
 		o.Log = zap.NewNop()
 	}
 	return &Tracker{
-		log: o.Log, mask: o.Mask, now: time.Now,
+		log: o.Log, mask: o.Mask, uncounted: o.Uncounted, now: time.Now,
 		ready: make(chan struct{}), dumping: make(chan struct{}, 1), ledger: newLedger(),
 	}, nil
 }
@@ -141,13 +145,11 @@ func (t *Tracker) survey(ctx context.Context) error {
 		t.ledger.begin()
 	}, func(r *record) error {
 		table++
-		key := r.mark & t.mask
-		if key == 0 {
-			return nil
+		if key := t.key(r); key != 0 {
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			t.ledger.show(key, r)
 		}
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		t.ledger.show(key, r)
 		return nil
 	})
 	t.mu.Lock()
@@ -162,7 +164,18 @@ func (t *Tracker) survey(ctx context.Context) error {
 	t.counts, t.read = t.ledger.finish(), t.now()
 	t.stats.Table, t.stats.DumpTime = table, t.read.Sub(begun)
 	t.warned = false
+	if t.idle && len(t.ledger.flows) == 0 {
+		return t.events.leave()
+	}
 	return nil
+}
+
+// key is what a flow is counted under, 0 if it is not.
+func (t *Tracker) key(r *record) uint32 {
+	if key := r.mark & t.mask; key != t.uncounted {
+		return key
+	}
+	return 0
 }
 
 // dump reads the table. It calls begin first and again whenever the kernel makes it

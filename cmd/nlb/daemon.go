@@ -105,12 +105,20 @@ func (d *daemon) reload(ctx context.Context) error {
 	if err := d.kernel.supports(cfg.Spec); err != nil {
 		return err
 	}
+	if cfg.Spec.Forwards() {
+		if err := d.kernel.flows.flows.Expect(); err != nil {
+			return err
+		}
+	}
 	var inForce *balancer.Spec
 	if s := d.reconciler.Snapshot(); s != nil {
 		inForce = s.Spec
 	}
 	if err := d.reconciler.SetSpec(context.WithoutCancel(ctx), cfg.Spec); err != nil {
 		return err
+	}
+	if !cfg.Spec.Forwards() {
+		d.kernel.flows.flows.ExpectNone()
 	}
 	logDataplaneNotes(d.log, inForce, cfg.Spec)
 	d.checks.set(cfg.Spec)

@@ -43,7 +43,9 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 	if err != nil {
 		return nil, err
 	}
-	flows, err := conntrack.New(conntrack.Options{Log: log.Named("conntrack"), Mask: nft.TargetMask})
+	flows, err := conntrack.New(conntrack.Options{
+		Log: log.Named("conntrack"), Mask: nft.TargetMask, Uncounted: nft.RelayedMask,
+	})
 	if err != nil {
 		return nil, errors.Join(err, dataplane.Close())
 	}

@@ -85,6 +85,9 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	if err := k.supports(cfg.Spec); err != nil {
 		return err
 	}
+	if !cfg.Spec.Forwards() {
+		k.flows.flows.ExpectNone()
+	}
 	if cfg.Dataplane == "auto" {
 		log.Info("dataplane nftables was chosen: it does all that a file can ask for", events.DataplaneWasChosen.Field(), zap.NamedError("ipvs", k.ipvs.Probe()))
 	}

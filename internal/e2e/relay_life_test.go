@@ -3,8 +3,12 @@ package e2e
 import (
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
@@ -209,6 +213,7 @@ func relayComesAndGoes(t *testing.T, setting map[string]any) {
 	d := serving(t, top, c)
 	pid := d.relay()
 	early := hold(t, client, webPort)
+	d.hears("all is relayed", false)
 
 	// Another listener for the same group, and then none but that.
 	c.Listeners = append(c.Listeners, listen("extra", "TCP", extraPort, "web")...)
@@ -234,6 +239,7 @@ func relayComesAndGoes(t *testing.T, setting map[string]any) {
 		t.Fatal(err)
 	}
 	early.alive("the group is not relayed any more", "t1", "t2")
+	d.hears("the kernel forwards", true)
 	c.Groups[0].ClientIP = "proxy_protocol_v2"
 	if err := d.reload(c.String()); err != nil {
 		t.Fatal(err)
@@ -243,8 +249,28 @@ func relayComesAndGoes(t *testing.T, setting map[string]any) {
 		named(t, "the group is relayed again, IPv"+f.name, got, f.addr(top.LB))
 	}
 	early.alive("the group is relayed again", "t1", "t2")
+	d.hears("all is relayed again", false)
 	if now := d.relay(); now != pid {
 		t.Errorf("relay %d follows %d", now, pid)
 	}
 	wait.For(t, limit, "nothing to change", d.planned)
+}
+
+// hears waits until the kernel tells the daemon of flows' ends, or nobody.
+func (d *daemon) hears(when string, want bool) {
+	d.t.Helper()
+	const ends = 1 << (unix.NFNLGRP_CONNTRACK_DESTROY - 1)
+	wait.For(d.t, limit, when, func() error {
+		d.status() // for which it looks what flows there are
+		told := false
+		for line := range strings.Lines(must(d.t, d.node, "cat", "/proc/net/netlink")) {
+			f := strings.Fields(line) // sk, Eth, Pid, Groups
+			groups, err := strconv.ParseUint(f[3], 16, 32)
+			told = told || f[1] == strconv.Itoa(unix.NETLINK_NETFILTER) && err == nil && groups&ends != 0
+		}
+		if told != want {
+			return fmt.Errorf("somebody is told of flows' ends: %v, want %v", told, want)
+		}
+		return nil
+	})
 }
