@@ -383,6 +383,16 @@ func abridge(text string) string {
 	return strings.Join(kept, "\n")
 }
 
+// copyProgram puts a copy of the program under test at a path. Another process writes
+// it: whatever we fork meanwhile would have a file of ours open for writing, and nobody
+// could run it then (ETXTBSY, execve(2)).
+func copyProgram(t *testing.T, path string) {
+	t.Helper()
+	if out, err := exec.CommandContext(t.Context(), "cp", program, path).CombinedOutput(); err != nil {
+		t.Fatalf("copy the program: %v\n%s", err, out)
+	}
+}
+
 // tool runs another program on the balancer's node and returns its output.
 func (d *daemon) tool(argv ...string) (string, error) {
 	return tool(d.t, d.node, argv...)

@@ -165,11 +165,8 @@ func (d *daemon) asNobody(args ...string) *exec.Cmd {
 	// The program's own folder may be closed to others.
 	copied := filepath.Join(d.dir, "nlb")
 	if _, err := os.Stat(copied); err != nil {
-		b, err := os.ReadFile(program)
-		if err == nil {
-			err = os.WriteFile(copied, b, 0o755)
-		}
-		if err := errors.Join(err, os.Chmod(d.dir, 0o755), os.Chmod(d.config, 0o644)); err != nil {
+		copyProgram(d.t, copied)
+		if err := errors.Join(os.Chmod(d.dir, 0o755), os.Chmod(d.config, 0o644)); err != nil {
 			d.t.Fatal(err)
 		}
 	}

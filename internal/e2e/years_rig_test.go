@@ -272,13 +272,7 @@ func releases(t *testing.T, d *daemon) [2]release {
 		t.Fatalf("build nlb: %v\n%s", err, out)
 	}
 	one := filepath.Join(d.dir, "one")
-	text, err := os.ReadFile(program)
-	if err == nil {
-		err = os.WriteFile(one, text, 0o755)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	copyProgram(t, one)
 	all := [2]release{{path: one}, {path: other}}
 	for i := range all {
 		out, err := exec.CommandContext(t.Context(), all[i].path, "version").Output()
