@@ -64,6 +64,22 @@ func TestCallFailuresHaveNames(t *testing.T) {
 	}
 }
 
+// Who asks again has an answer where the first question of each socket is lost.
+func TestCallAsksAgain(t *testing.T) {
+	_, client, target := pair(t)
+	target.serve(t, Serve{Ports: []uint16{82}, Networks: []string{"udp"}})
+	nft(t, target, "add table inet x; add set inet x seen { type inet_service; size 100; flags dynamic; }; add chain inet x in { type filter hook input priority 0; }"+
+		"; add rule inet x in udp dport 82 udp sport != @seen add @seen { udp sport } drop")
+	c := Call{Network: "udp", Dst: port(target, 82), N: 3, Parallel: 3, Timeout: 300 * time.Millisecond}
+	if got := Count(calls(t, client, c)); got.ByErr[Timeout] != 3 {
+		t.Errorf("asked once: %v, want 3 without an answer", got)
+	}
+	c.Timeout, c.Again = 10*time.Second, 50*time.Millisecond
+	if got := Count(calls(t, client, c)); got.OK != 3 {
+		t.Errorf("asked again: %v, want 3 answers", got)
+	}
+}
+
 // nft runs commands of nft(8) on a node.
 func nft(t *testing.T, n *Node, commands string) {
 	t.Helper()

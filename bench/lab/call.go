@@ -29,7 +29,7 @@ const (
 )
 
 // A Call is a number of connections (TCP) or sockets (UDP) to one address, each
-// with one question and one answer. UDP questions are not repeated.
+// with one question and one answer.
 type Call struct {
 	Network  string // "tcp" or "udp"
 	Dst      netip.AddrPort
@@ -38,6 +38,10 @@ type Call struct {
 	N        int           // default 1; of UDP, each keeps a socket until the last has its reply
 	Parallel int           // calls at a time; default 1
 	Timeout  time.Duration // of each call; default 1 s
+	// Again is how long a UDP question may go without its answer before it is asked
+	// again, as resolvers do; 0 for never. On a busy host the kernel drops packets
+	// between namespaces (net.core.netdev_max_backlog).
+	Again time.Duration
 	// Silent says nothing and waits for the target's greeting (TCP).
 	Silent bool
 }
@@ -164,7 +168,20 @@ func (c *Call) try(ctx context.Context) (*flow, Reply) {
 	if err != nil {
 		return nil, Reply{Err: failure(err)}
 	}
-	return f, f.exchange(!c.Silent, c.Timeout)
+	reply := f.exchange(!c.Silent, c.again())
+	for left := c.Timeout - c.again(); reply.Err == Timeout && left > 0; left -= c.again() {
+		f.asked-- // the same question
+		reply = f.exchange(true, min(left, c.again()))
+	}
+	return f, reply
+}
+
+// again is how long a question is waited for at a time.
+func (c *Call) again() time.Duration {
+	if c.Network == "udp" && c.Again > 0 {
+		return min(c.Again, c.Timeout)
+	}
+	return c.Timeout
 }
 
 // A flow is one connection, or one UDP socket with a fixed peer.

@@ -5,6 +5,7 @@ import (
 	"math"
 	"net/netip"
 	"testing"
+	"time"
 
 	"nlb/bench/lab"
 )
@@ -38,7 +39,7 @@ func TestTargetWeights(t *testing.T) {
 	})
 	const flows = 3000
 	for _, f := range families {
-		got := call(t, top.Clients[0], lab.Call{Network: "udp", Dst: f.at(53), N: flows, Parallel: 20})
+		got := call(t, top.Clients[0], lab.Call{Network: "udp", Dst: f.at(53), N: flows, Parallel: 20, Again: time.Second})
 		allSeenAs(t, "IPv"+f.name, got, f.addr(top.Clients[0]))
 		within(t, "weight 1, IPv"+f.name, got.ByWho["t1"], flows, 0.25)
 		within(t, "weight 3, IPv"+f.name, got.ByWho["t2"], flows, 0.75)
@@ -66,7 +67,7 @@ func TestGroupWeights(t *testing.T) {
 	d.waitHealthy("g1", 2)
 	const flows = 2000
 	for _, f := range families {
-		got := call(t, top.Clients[0], lab.Call{Network: "udp", Dst: f.at(53), N: flows, Parallel: 20})
+		got := call(t, top.Clients[0], lab.Call{Network: "udp", Dst: f.at(53), N: flows, Parallel: 20, Again: time.Second})
 		allSeenAs(t, "IPv"+f.name, got, f.addr(top.Clients[0]))
 		within(t, "weight 90, IPv"+f.name, got.ByWho["t1"], flows, 0.9)
 		within(t, "weight 10, IPv"+f.name, got.ByWho["t2"], flows, 0.1)
