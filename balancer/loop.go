@@ -26,7 +26,6 @@ type loop struct {
 	key    HashKey
 	health HealthView
 	drains Drains
-	unkept bool // drains are not written down
 	holds  Holds
 	// See View.
 	failOpen map[string]FailOpenState
@@ -37,9 +36,15 @@ type loop struct {
 	routes      map[netip.Addr]Route // nil before the first look
 	links       []string             // found with them
 
-	registered   *Spec // what was written down last, or by Options
-	keptSpec     *Spec // registered is this one, reduced
-	unregistered bool  // that Register fails was said
+	// What is on disk. See write.
+	unkept      bool  // drains are not
+	registered  *Spec // what was written down last, or by Options
+	keptSpec    *Spec // registered is this one, reduced
+	unkeptParts bool  // Parts have written to the kernel since
+	writing     *writing
+	waiting     *change
+	unwritten   writeErrors // of the last writing
+	resting     bool        // it failed, and there was no look since
 
 	held     *Desired  // the kernel was last seen to hold it; nil: unknown
 	lastHeld time.Time // see View
@@ -48,7 +53,7 @@ type loop struct {
 	failing  time.Time
 
 	// When to act next; zero: not for this reason.
-	resyncAt, driftAt, retryAt, changeAt time.Time
+	resyncAt, driftAt, retryAt, changeAt, slowAt time.Time
 	// No look for drift before this.
 	restUntil time.Time
 	// unapplied are the verdicts that the kernel does not have yet, and when they
@@ -60,23 +65,26 @@ func (l *loop) run(ctx context.Context) {
 	if l.spec != nil {
 		l.counts.Generation++
 		l.known = targetKeys(l.spec)
-		if l.unkept {
-			if err := l.writeDown(l.drains); err != nil {
-				l.log.Error("targets that have left will drain anew after a restart", events.StateCannotBeKept.Field(), zap.Error(err))
-			}
-		}
 		l.pass(ctx, true)
 	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	defer l.flush(ctx)
 	for ctx.Err() == nil {
 		now := time.Now()
 		l.turned.Store(&now)
+		l.write()
 		timer.Reset(l.untilNext())
+		requests := l.requests
+		if l.waiting != nil {
+			requests = nil // one after the other
+		}
 		select {
 		case <-ctx.Done():
-		case req := <-l.requests:
+		case req := <-requests:
 			l.answer(ctx, req)
+		case errs := <-l.written:
+			l.finish(ctx, errs)
 		case <-l.wake:
 			l.receive(ctx, l.takeInbox())
 		case <-timer.C:
@@ -88,7 +96,7 @@ func (l *loop) run(ctx context.Context) {
 // untilNext is how long the loop may sleep.
 func (l *loop) untilNext() time.Duration {
 	var next time.Time
-	for _, t := range []time.Time{l.resyncAt, l.driftAt, l.retryAt, l.changeAt} {
+	for _, t := range []time.Time{l.resyncAt, l.driftAt, l.retryAt, l.changeAt, l.slowAt} {
 		if !t.IsZero() && (next.IsZero() || t.Before(next)) {
 			next = t
 		}
@@ -106,6 +114,9 @@ func (l *loop) act(ctx context.Context) {
 	look := due(l.resyncAt) || due(l.driftAt) || due(l.retryAt)
 	if l.spec != nil && (look || due(l.changeAt)) {
 		l.pass(ctx, look)
+	}
+	if due(l.slowAt) {
+		l.complainOfSlow()
 	}
 }
 
@@ -180,34 +191,50 @@ func targetKeys(spec *Spec) map[TargetKey]bool {
 	return keys
 }
 
-// answer does what was asked for.
+// answer does what was asked for, or has it wait for the disk.
 func (l *loop) answer(ctx context.Context, req request) {
 	if err := req.ctx.Err(); err != nil {
 		req.reply <- err // nobody waits any more
 		return
 	}
-	req.reply <- req.do(ctx, l)
+	c, err := req.plan(ctx, l)
+	switch {
+	case err != nil || c == nil:
+		req.reply <- err
+	case !l.unkept && reflect.DeepEqual(c.drains, l.drains):
+		req.reply <- c.do(ctx)
+	default:
+		c.request = req
+		l.waiting = c
+	}
 }
 
-// replace puts another Spec in force, or the former again.
-func (l *loop) replace(ctx context.Context, spec *Spec) error {
+// replace puts another Spec in force, or the former again. The drains that follow
+// are written down first: a crash in between must not cut the flows of a target
+// that has left.
+func (l *loop) replace(ctx context.Context, spec *Spec) (*change, error) {
 	drains := l.drains.Follow(cmp.Or(l.spec, l.registered), spec, time.Now())
 	if err := l.rehearse(ctx, spec, drains); err != nil {
-		return err // nothing was touched
+		return nil, err // nothing was touched
 	}
-	// Written down first: a crash in between must not cut the flows of a target
-	// that has left.
-	before := l.drains
-	if err := l.keep(drains); err != nil {
-		return err
-	}
+	return &change{drains: drains, do: func(ctx context.Context) error {
+		before := l.drains
+		l.drains, l.unkept = drains, false
+		return l.exchange(ctx, spec, before)
+	}}, nil
+}
+
+// exchange puts another Spec in force, whose drains are; after an error it is the
+// former with those before.
+func (l *loop) exchange(ctx context.Context, spec *Spec, before Drains) error {
 	done := l.converge(ctx, spec, true)
 	if done.err != nil {
-		err := errors.Join(done.err, l.keep(before))
+		l.unkept = !reflect.DeepEqual(before, l.drains)
+		l.drains = before
 		if l.spec != nil {
 			l.pass(ctx, true)
 		}
-		return err
+		return done.err
 	}
 	l.spec = spec
 	l.counts.Generation++
@@ -219,87 +246,43 @@ func (l *loop) replace(ctx context.Context, spec *Spec) error {
 	return nil
 }
 
-// keep makes drains those in force, once they are written down.
-func (l *loop) keep(drains Drains) error {
-	if !l.unkept && reflect.DeepEqual(drains, l.drains) {
-		return nil
-	}
-	return l.writeDown(drains)
-}
-
-func (l *loop) writeDown(drains Drains) error {
-	if err := l.keepDrains(drains); err != nil {
-		return fmt.Errorf("write down which targets drain: %w", err)
-	}
-	l.drains, l.unkept = drains, false
-	return nil
-}
-
-// note writes down what is registered now that the kernel holds the Spec. A
-// crash before that is harmless: the next start drains what has left since the
-// last note, unless it drains already.
-func (l *loop) note() {
-	if l.keptSpec == l.spec {
-		return
-	}
-	now := Registered(l.spec)
-	if !reflect.DeepEqual(now, l.registered) {
-		if err := l.exchange(now); err != nil {
-			if !l.unregistered {
-				l.log.Error("what is registered cannot be written down, trying on: "+
-					"targets that leave while no daemon runs would not be drained", events.StateCannotBeKept.Field(), zap.Error(err))
-			}
-			l.unregistered = true
-			return
-		}
-	}
-	l.registered, l.keptSpec, l.unregistered = now, l.spec, false
-}
-
-// exchange replaces what is noted. A target must not be missing from both lists.
-func (l *loop) exchange(registered *Spec) error {
-	if l.unkept {
-		if err := l.writeDown(l.drains); err != nil {
-			return err
-		}
-	}
-	return l.keepRegistered(registered)
-}
-
-func (l *loop) drain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
+func (l *loop) drain(group string, addr netip.Addr, port uint16) (*change, error) {
 	key, err := findTarget(l.spec, group, addr, port)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if _, already := l.drains[key]; already {
-		return nil
+		return nil, nil
 	}
 	drain := newDrain(l.spec.Group(group), time.Now())
 	next := maps.Clone(l.drains)
 	next[key] = drain
-	if err := l.keep(next); err != nil {
-		return err
-	}
-	l.log.Info("target is deregistered", events.TargetDeregistered.Field(), zap.String("target_group", group),
-		zap.Stringer("target", key.AddrPort), zap.Time("until", drain.Until), zap.Bool("connection_termination", drain.Terminate))
-	l.pass(ctx, false)
-	return l.counts.Err
+	return &change{drains: next, do: func(ctx context.Context) error {
+		l.log.Info("target is deregistered", events.TargetDeregistered.Field(), zap.String("target_group", group),
+			zap.Stringer("target", key.AddrPort), zap.Time("until", drain.Until), zap.Bool("connection_termination", drain.Terminate))
+		return l.follow(ctx, next)
+	}}, nil
 }
 
-func (l *loop) undrain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
+func (l *loop) undrain(group string, addr netip.Addr, port uint16) (*change, error) {
 	key, err := findTarget(l.spec, group, addr, port)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if _, drains := l.drains[key]; !drains {
-		return nil
+		return nil, nil
 	}
 	next := maps.Clone(l.drains)
 	delete(next, key)
-	if err := l.keep(next); err != nil {
-		return err
-	}
-	l.log.Info("target is registered again", events.TargetRegistered.Field(), zap.String("target_group", group), zap.Stringer("target", key.AddrPort))
+	return &change{drains: next, do: func(ctx context.Context) error {
+		l.log.Info("target is registered again", events.TargetRegistered.Field(), zap.String("target_group", group), zap.Stringer("target", key.AddrPort))
+		return l.follow(ctx, next)
+	}}, nil
+}
+
+// follow makes drains that are written down those in force.
+func (l *loop) follow(ctx context.Context, drains Drains) error {
+	l.drains, l.unkept = drains, false
 	l.pass(ctx, false)
 	return l.counts.Err
 }
@@ -319,7 +302,7 @@ func (l *loop) rehearse(ctx context.Context, spec *Spec, drains Drains) error {
 // pass makes the kernel hold the Spec in force and records what came of it.
 // With look it asks the host anew for the routes.
 func (l *loop) pass(ctx context.Context, look bool) {
-	l.tidy(time.Now(), look)
+	l.tidy(time.Now())
 	done := l.converge(ctx, l.spec, look)
 	if ctx.Err() != nil {
 		return // the stop is the failure
@@ -327,20 +310,12 @@ func (l *loop) pass(ctx context.Context, look bool) {
 	l.settle(done)
 }
 
-// tidy forgets what is over. What could not be written down is tried again with
-// each look: a disk that fails must not stand in the way of each verdict.
-func (l *loop) tidy(now time.Time, look bool) {
+// tidy forgets what is over.
+func (l *loop) tidy(now time.Time) {
 	l.holds = l.holds.current(l.spec, l.known, now)
 	l.tidyLeftover(now)
-	next, changed := l.drains.settle(l.view(now))
-	if !changed && !(l.unkept && look) {
-		return
-	}
-	if err := l.keep(next); err != nil {
-		if !l.unkept {
-			l.log.Error("a drain that is over will be found again after a restart", events.StateCannotBeKept.Field(), zap.Error(err))
-		}
-		l.drains, l.unkept = next, true
+	if next, changed := l.drains.settle(l.view(now)); changed {
+		l.drains, l.unkept, l.resting = next, true, false
 	}
 }
 
@@ -440,6 +415,7 @@ func (l *loop) view(now time.Time) View {
 
 func (l *loop) wrote(p PartPlan, repair bool) {
 	l.counts.Writes++
+	l.unkeptParts = true
 	if log := l.log.Check(zap.DebugLevel, "kernel changed"); log != nil {
 		log.Write(zap.String("part", p.Part), zap.Strings("changes", p.Plan.Lines()))
 	}
@@ -455,6 +431,7 @@ func (l *loop) wrote(p PartPlan, repair bool) {
 func (l *loop) settle(done outcome) {
 	now := time.Now()
 	if done.looked {
+		l.resting = false
 		l.driftAt = time.Time{}
 		l.resyncAt = now.Add(l.resync)
 		l.restUntil = now.Add(driftRest * now.Sub(done.begun))
@@ -475,9 +452,6 @@ func (l *loop) settle(done outcome) {
 	}
 	l.counts.Err = done.err
 	l.publish(done, now)
-	if done.err == nil {
-		l.note()
-	}
 }
 
 // noteTerminating counts the time in which flows are ended from when the kernel

@@ -25,6 +25,11 @@ type Part interface {
 // watched for.
 type TableIgnorer interface{ IgnoresTable() }
 
+// A Keeper is a Part that has something to write down for a restart. Keep is called
+// some time after what was applied, beside the other methods and never twice at
+// once, and again after an error. It may take as long as a disk does.
+type Keeper interface{ Keep() error }
+
 // ErrOvertaken is wrapped by an Apply whose Plan no longer fits, because
 // somebody else changed the kernel in between. Nothing was changed by it.
 var ErrOvertaken = errors.New("somebody else was faster")

@@ -54,8 +54,10 @@ type Options struct {
 	Holds Holds
 	// Drains are those that were under way, or over, before a restart.
 	Drains Drains
-	// KeepDrains keeps drains for a restart. It is called before they take
-	// effect; after an error they do not. Nil keeps nothing.
+	// KeepDrains keeps drains for a restart. What somebody asked for takes effect
+	// after it, and not after an error; that a drain is over is kept afterwards. It
+	// may take long: Run calls it and KeepRegistered, one at a time, beside what
+	// else it does. Nil keeps nothing.
 	KeepDrains func(Drains) error
 	// Registered is what was registered when a daemon last ran, as Registered
 	// reduces it: targets that Spec does not have begin to drain. Nil drains none.
@@ -80,11 +82,12 @@ type Reconciler struct {
 	keepDrains     func(Drains) error
 	keepRegistered func(*Spec) error
 	requests       chan request
-	wake           chan struct{} // holds one: there is something in the inbox
-	attempted      chan struct{} // closed after the first pass
-	converged      chan struct{} // closed after the first pass without an error
-	passed         chan struct{} // holds one: there is a new snapshot
-	stopped        chan struct{} // closed when Run returns
+	written        chan writeErrors // holds one: the writing under way has ended
+	wake           chan struct{}    // holds one: there is something in the inbox
+	attempted      chan struct{}    // closed after the first pass
+	converged      chan struct{}    // closed after the first pass without an error
+	passed         chan struct{}    // holds one: there is a new snapshot
+	stopped        chan struct{}    // closed when Run returns
 	snapshot       atomic.Pointer[Snapshot]
 	turned         atomic.Pointer[time.Time]
 	changing       atomic.Bool // the kernel may hold something else than the snapshot says
@@ -103,10 +106,11 @@ type inbox struct {
 	drift    bool
 }
 
-// A request is something that the loop is to do; reply holds one answer.
+// A request is something that the loop is to do; reply holds one answer. Plan
+// returns nil if there is nothing to do.
 type request struct {
 	ctx   context.Context
-	do    func(context.Context, *loop) error
+	plan  func(context.Context, *loop) (*change, error)
 	reply chan error
 }
 
@@ -146,6 +150,7 @@ func NewReconciler(o Options) *Reconciler {
 		keepRegistered: o.KeepRegistered,
 		passed:         make(chan struct{}, 1),
 		requests:       make(chan request),
+		written:        make(chan writeErrors, 1),
 		wake:           make(chan struct{}, 1),
 		attempted:      make(chan struct{}),
 		converged:      make(chan struct{}),
@@ -157,7 +162,7 @@ func NewReconciler(o Options) *Reconciler {
 
 // Turned is when the loop last began another turn, which it does at least once in each
 // resync; before Run, when the Reconciler was made. A loop that lives and has not turned
-// for many resyncs hangs: in a call of the kernel, a disk, or a Part.
+// for many resyncs hangs: in a call of the kernel, or in a Part.
 func (r *Reconciler) Turned() time.Time { return *r.turned.Load() }
 
 // Attempted is closed after the first pass, whatever came of it.
@@ -174,7 +179,7 @@ func (r *Reconciler) Snapshot() *Snapshot { return r.snapshot.Load() }
 // or is being returned to it. When ctx ends before the Reconciler began, nothing
 // happens; when it ends later, the answer is lost and the change is not.
 func (r *Reconciler) SetSpec(ctx context.Context, spec *Spec) error {
-	return r.request(ctx, func(ctx context.Context, l *loop) error { return l.replace(ctx, spec) })
+	return r.request(ctx, func(ctx context.Context, l *loop) (*change, error) { return l.replace(ctx, spec) })
 }
 
 // Drain deregisters the target of a group that has the address and, unless it
@@ -182,16 +187,16 @@ func (r *Reconciler) SetSpec(ctx context.Context, spec *Spec) error {
 // error. Its flows live on for the group's DeregistrationDelay. To drain a
 // target twice changes nothing, not even the deadline.
 func (r *Reconciler) Drain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
-	return r.request(ctx, func(ctx context.Context, l *loop) error { return l.drain(ctx, group, addr, port) })
+	return r.request(ctx, func(_ context.Context, l *loop) (*change, error) { return l.drain(group, addr, port) })
 }
 
 // Undrain registers a target again that Drain had deregistered.
 func (r *Reconciler) Undrain(ctx context.Context, group string, addr netip.Addr, port uint16) error {
-	return r.request(ctx, func(ctx context.Context, l *loop) error { return l.undrain(ctx, group, addr, port) })
+	return r.request(ctx, func(_ context.Context, l *loop) (*change, error) { return l.undrain(group, addr, port) })
 }
 
-func (r *Reconciler) request(ctx context.Context, do func(context.Context, *loop) error) error {
-	req := request{ctx: ctx, do: do, reply: make(chan error, 1)}
+func (r *Reconciler) request(ctx context.Context, plan func(context.Context, *loop) (*change, error)) error {
+	req := request{ctx: ctx, plan: plan, reply: make(chan error, 1)}
 	select {
 	case r.requests <- req:
 	case <-r.stopped:

@@ -189,14 +189,39 @@ func FuzzDecodeRegistered(f *testing.F) {
 	})
 }
 
-// A shelf is a state folder. It gets full by errors.
+// A shelf is a state folder. It gets full by errors, and its disk can be stuck.
 type shelf struct {
 	mu         sync.Mutex
-	drains     Drains   // mu
-	registered *Spec    // mu
-	writes     []string // mu
-	drainsErr  error    // mu
-	targetsErr error    // mu
+	drains     Drains        // mu
+	registered *Spec         // mu
+	writes     []string      // mu
+	drainsErr  error         // mu
+	targetsErr error         // mu
+	stuck      chan struct{} // mu, nil: it is not; closed when it is not any more
+}
+
+// stick keeps all writes that begin from ending until release is called.
+func (s *shelf) stick() (release func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	stuck := make(chan struct{})
+	s.stuck = stuck
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.stuck = nil
+		close(stuck)
+	}
+}
+
+// reach waits for the disk.
+func (s *shelf) reach() {
+	s.mu.Lock()
+	stuck := s.stuck
+	s.mu.Unlock()
+	if stuck != nil {
+		<-stuck
+	}
 }
 
 // fail makes writes of either kind fail, or not any more.
@@ -219,6 +244,7 @@ func (s *shelf) options(w *world, spec *Spec) Options {
 	return Options{
 		Parts: w.parts(), Spec: spec, Drains: drains, Registered: registered,
 		KeepDrains: func(d Drains) error {
+			s.reach()
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if s.drainsErr != nil {
@@ -228,6 +254,7 @@ func (s *shelf) options(w *world, spec *Spec) Options {
 			return nil
 		},
 		KeepRegistered: func(spec *Spec) error {
+			s.reach()
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if s.targetsErr != nil {

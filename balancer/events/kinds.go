@@ -60,7 +60,8 @@ var (
 	ConfigNote          = kind("config.note", "Something follows from the configuration that its author may not expect; the message says what.")
 	DataplaneWasChosen  = kind("config.dataplane_chosen", "`dataplane: auto` was decided.", "ipvs")
 	StateCannotBeRead   = kind("state.read_failed", "What a former daemon knew cannot be read; the message says what follows.", "file", "error")
-	StateCannotBeKept   = kind("state.write_failed", "What the next daemon should know cannot be written down; the message says what follows.", "number", "error")
+	StateCannotBeKept   = kind("state.write_failed", "What the next daemon should know cannot be written down; the message says what follows.", "error")
+	StateIsSlow         = kind("state.write_slow", "The disk of the state folder does not answer. Reloads and drains may wait for it; verdicts do not.", "for")
 	ForeignStateDamaged = kind("state.previous_unknown", "What settings of the host were before is unknown: they will not be restored.", "error")
 )
 

@@ -165,7 +165,6 @@ func (d *Dataplane) Apply(_ context.Context, plan balancer.Plan) error {
 		if d.have != p.have {
 			break
 		}
-		d.keepLast(p)
 		err := d.commit(b)
 		if err == nil {
 			d.have = p.want
@@ -183,18 +182,23 @@ func (d *Dataplane) Apply(_ context.Context, plan balancer.Plan) error {
 	return fmt.Errorf("the table changed since the plan was made: %w", balancer.ErrOvertaken)
 }
 
-// keepLast writes the number that was given last, before a flow can have it. That
-// it cannot be written keeps no target from its flows: the risk is to mistake
-// some after a restart.
-func (d *Dataplane) keepLast(p *Plan) {
-	if d.dir == "" || p.numbers == nil || p.numbers.last == d.saved {
-		return
+// Keep implements balancer.Keeper: it writes the number that was given last. A crash
+// before that loses nothing as long as the target is installed, since a start finds
+// the numbers of those in the table.
+func (d *Dataplane) Keep() error {
+	d.mu.Lock()
+	last, saved := d.numbers.last, d.saved
+	d.mu.Unlock()
+	if d.dir == "" || last == saved {
+		return nil
 	}
-	if err := writeLast(d.dir, p.numbers.last); err != nil {
-		d.log.Warn("the last target number cannot be kept", events.StateCannotBeKept.Field(), zap.Uint16("number", p.numbers.last), zap.Error(err))
-		return
+	if err := writeLast(d.dir, last); err != nil {
+		return fmt.Errorf("the last target number: %w", err)
 	}
-	d.saved = p.numbers.last
+	d.mu.Lock()
+	d.saved = last
+	d.mu.Unlock()
+	return nil
 }
 
 // quietBytes is how long a transaction may be that we listen during. For each

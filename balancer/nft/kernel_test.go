@@ -109,6 +109,9 @@ func converge(t *testing.T, d *Dataplane, want *balancer.Desired) balancer.Plan 
 	if err := d.Apply(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
+	if err := d.Keep(); err != nil {
+		t.Fatal(err)
+	}
 	return p
 }
 

@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 )
@@ -143,16 +145,19 @@ func TestLastNumberCannotBeKept(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	core, logs := observer.New(zap.WarnLevel)
-	d, err := New(zap.New(core), file) // no folder
+	d, err := New(zap.NewNop(), file) // no folder
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	converge(t, d, pool(1))
+	if err := balancer.Converge(t.Context(), []balancer.Part{d}, pool(1), func(balancer.PartPlan) {}); err != nil {
+		t.Fatal(err)
+	}
 	wantNumbers(t, d, map[byte]uint16{1: 1})
-	if logs.FilterMessage("the last target number cannot be kept").Len() != 1 {
-		t.Errorf("logged %v", logs.All())
+	for range 2 {
+		if err := d.Keep(); !errors.Is(err, unix.ENOTDIR) {
+			t.Errorf("it was kept: %v", err)
+		}
 	}
 }
 

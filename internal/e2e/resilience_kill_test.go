@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -9,10 +10,13 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"nlb/bench/lab"
 	"nlb/internal/wait"
@@ -251,7 +255,7 @@ func (d *daemon) launchSlowly(pause time.Duration) {
 // process is the daemon's own, for the tracer detaches itself.
 func (d *daemon) launchTraced(calls, what string) {
 	d.t.Helper()
-	d.cmd = d.node.Command(d.t.Context(), "strace", "-D", "-f", "-qq", "-o", filepath.Join(d.dir, "strace"),
+	d.cmd = d.node.Command(context.Background(), "strace", "-D", "-f", "-qq", "-o", filepath.Join(d.dir, "strace"),
 		"-e", "trace="+calls, "-e", "inject="+calls+":"+what,
 		program, "serve", "-c", d.config, "--state-dir", d.state(""), "--log-level", "debug", "--socket", d.socket)
 	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
@@ -264,6 +268,21 @@ func (d *daemon) launchTraced(calls, what string) {
 		d.err = cmd.Wait()
 		close(done)
 	}()
+}
+
+// untrace ends the tracer of launchTraced. System calls that it held up are made.
+func (d *daemon) untrace() {
+	d.t.Helper()
+	status := read(fmt.Sprintf("/proc/%d/status", d.cmd.Process.Pid))
+	_, rest, _ := strings.Cut(status, "TracerPid:")
+	line, _, _ := strings.Cut(rest, "\n")
+	tracer, err := strconv.Atoi(strings.TrimSpace(line))
+	if err != nil || tracer == 0 {
+		d.t.Fatalf("nobody traces the daemon: %q", line)
+	}
+	if err := unix.Kill(tracer, unix.SIGKILL); err != nil {
+		d.t.Fatal(err)
+	}
 }
 
 // halfway says what of a start's work the kernel holds, and fails the test if a

@@ -1,0 +1,88 @@
+package e2e
+
+import (
+	"errors"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"nlb/balancer"
+	"nlb/bench/lab"
+	"nlb/internal/wait"
+)
+
+// TestStuckDisk has a disk that answers nothing. A drain that it knows of ends in
+// time, although nobody can write that down, and a target that dies then is left
+// out. What somebody asks for waits until the disk answers.
+func TestStuckDisk(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		t.Fatal("strace is missing, which make deps installs")
+	}
+	t.Parallel()
+	top := routed(t, lab.Options{Targets: 3})
+	client, t1, t2, t3 := top.Clients[0], top.Targets[0], top.Targets[1], top.Targets[2]
+	var listeners []*lab.Listeners
+	for _, n := range top.Targets {
+		listeners = append(listeners, serveOn(t, n, lab.Serve{Ports: []uint16{targetPort}}))
+	}
+	p := pool("web", "TCP", "preserve", targetPort, targets(top.Targets...))
+	p.Deregister = leaving(delay, true)
+	d := serving(t, top, config{Sources: sources(top), VIPs: both(), Listeners: listen("web", "TCP", cutPort, "web"), Groups: []group{p}})
+	h := hold(t, client, cutPort)
+	w := watch(t, top)
+	before := time.Now()
+	drained := d.life("drain", t1, "web")
+	d.kill()
+	d.launchTraced("fsync", "delay_enter=600000000")
+	release := sync.OnceFunc(d.untrace)
+	t.Cleanup(release)
+	wait.For(t, limit, "a daemon that answers", func() error { _, err := d.ask(); return err })
+	d.becomes("web", t1, balancer.Unused, balancer.ReasonNotRegistered)
+	w.cut("the disk is stuck", h, t1.Name, before.Add(delay-slack), drained.Add(delay+slack))
+	// The drain's end is on its way to the disk, and stays there.
+	wait.For(t, limit, "the end of the drain to be written", func() error {
+		if on, next := read(d.state("drains.json")), read(d.state("drains.json.new")); strings.Contains(on, "done") || !strings.Contains(next, "done") {
+			return errors.New("on disk is " + on + "\nto be there: " + next)
+		}
+		return nil
+	})
+	if err := listeners[1].Close(); err != nil {
+		t.Fatal(err)
+	}
+	d.becomes("web", t2, balancer.Unhealthy, "")
+	avoided(t, "the disk is stuck", client, cutPort, 40, t2.Name)
+	reached(t, "the disk is stuck", client, cutPort, t3.Name)
+	if on := read(d.state("drains.json")); strings.Contains(on, "done") {
+		t.Errorf("the disk is not stuck: %s", on)
+	}
+	h.alive("the disk is stuck", t3.Name)
+	wait.For(t, limit, "it to be said", func() error {
+		if !strings.Contains(d.log.String(), "state.write_slow") {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	back := make(chan output, len(families))
+	for _, f := range families {
+		go func() { back <- d.override("undrain", "web", f.addr(t1).String()) }()
+	}
+	avoided(t, "nobody knows that it is back", client, cutPort, 40, t1.Name)
+	select {
+	case out := <-back:
+		t.Errorf("it is back, and a crash would take it away again: %+v", out)
+	default:
+	}
+	release()
+	for range families {
+		if out := <-back; out.code != 0 {
+			t.Errorf("undrain: %+v", out)
+		}
+	}
+	reached(t, "the disk answers", client, cutPort, t1.Name)
+	h.alive("the disk answers", t3.Name)
+	if on := read(d.state("drains.json")); strings.Contains(on, "target") {
+		t.Errorf("a restart would drain it: %s", on)
+	}
+}
