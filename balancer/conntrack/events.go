@@ -78,12 +78,12 @@ func (l *listener) await() error {
 }
 
 // join has the kernel tell. A listener that is nil cannot.
-func (l *listener) join() error { return l.be(true, unix.NETLINK_ADD_MEMBERSHIP) }
+func (l *listener) join() error { return l.setMember(true, unix.NETLINK_ADD_MEMBERSHIP) }
 
 // leave has it say nothing more.
-func (l *listener) leave() error { return l.be(false, unix.NETLINK_DROP_MEMBERSHIP) }
+func (l *listener) leave() error { return l.setMember(false, unix.NETLINK_DROP_MEMBERSHIP) }
 
-func (l *listener) be(member bool, option int) error {
+func (l *listener) setMember(member bool, option int) error {
 	if l == nil || l.member == member {
 		return nil
 	}

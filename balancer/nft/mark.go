@@ -19,8 +19,8 @@ const (
 	markShift = 14
 	// relayed stands for the relay, which takes the flow and chooses itself.
 	relayed = 1<<16 - 1
-	// RelayedMask is TargetMask's part of the relay's flows.
-	RelayedMask uint32 = relayed << markShift
+	// RelayedTarget is TargetMask's part of the relay's flows.
+	RelayedTarget uint32 = relayed << markShift
 	// awaiting stands for IPVS, which takes the flow and has not chosen yet. Only
 	// a flow's first packet finds it, and only between two hooks.
 	awaiting = relayed - 1

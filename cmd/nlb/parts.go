@@ -44,7 +44,7 @@ func openKernel(stateDir, socket string, settings config.LogSettings, log *zap.L
 		return nil, err
 	}
 	flows, err := conntrack.New(conntrack.Options{
-		Log: log.Named("conntrack"), Mask: nft.TargetMask, Uncounted: nft.RelayedMask,
+		Log: log.Named("conntrack"), Mask: nft.TargetMask, Uncounted: nft.RelayedTarget,
 	})
 	if err != nil {
 		return nil, errors.Join(err, dataplane.Close())
