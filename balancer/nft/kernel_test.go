@@ -199,7 +199,7 @@ func TestDrift(t *testing.T) {
 		"flush map inet nlb services4",
 		"flush set inet nlb vips6",
 		"delete element inet nlb services4 { 198.51.100.10 . tcp . 80 }",
-		"add element inet nlb services4 { 198.51.100.10 . tcp . 22 : goto listener.web }",
+		"add element inet nlb services4 { 198.51.100.10 . tcp . 22 : goto idle_350s.group4.preserve }",
 		"delete element inet nlb services4 { 198.51.100.10 . tcp . 80 }; add element inet nlb services4 { 198.51.100.10 . tcp . 80 : accept }",
 		"delete element inet nlb vips4 { 198.51.100.10 }",
 		"add element inet nlb vips4 { 198.51.100.99 }",

@@ -489,7 +489,7 @@ func servicesMap(t *balancer.Table, f *family) *Set {
 			continue
 		}
 		for _, p := range svc.Protocols {
-			s.Elems = append(s.Elems, Elem{Key: serviceKey(netip.AddrPortFrom(svc.Address, svc.Port), p), Goto: serviceChain(svc.Name)})
+			s.Elems = append(s.Elems, Elem{Key: serviceKey(netip.AddrPortFrom(svc.Address, svc.Port), p), Goto: entryChain(t, &svc, p)})
 		}
 	}
 	return s.sort()
@@ -518,13 +518,67 @@ func targetsSet(t *balancer.Table, f *family) *Set {
 
 func serviceChain(name string) string { return "listener." + name }
 
+// idleChain gives flows an idle timeout on their way to a group.
+func idleChain(timeout *Object, group string) string { return timeout.Name + "." + group }
+
 func poolChain(pool string, f *family) string { return "group" + f.name + "." + pool }
 
 // A lastRule is what a listener's chain ends with: where a flow goes.
 type lastRule = func(*Ruleset, *balancer.Table, *balancer.VirtualService, *family) Rule
 
+// entryChain is where a listener's flows of a protocol begin. A thousand listeners of
+// one group share a chain, or have none: what is not theirs alone is not in
+// anybody's cache once for each of them.
+func entryChain(t *balancer.Table, svc *balancer.VirtualService, proto uint8) string {
+	group, plain := plainGroup(t, svc)
+	switch {
+	case !plain:
+		return serviceChain(svc.Name)
+	case proto == balancer.ProtoTCP:
+		return idleChain(idleTimeout(svc), group)
+	}
+	return group
+}
+
+// plainGroup is the chain of the group to which all of a listener's flows go. It
+// is not plain if there are several, or something to ask before.
+func plainGroup(t *balancer.Table, svc *balancer.VirtualService) (group string, plain bool) {
+	if t.Dataplane == balancer.IPVS || !allowsAll(svc.Allow) || svc.SourceLimit.On() {
+		return "", false
+	}
+	for _, p := range svc.Pools {
+		if p.Weight == 0 {
+			continue
+		}
+		if plain {
+			return "", false
+		}
+		group, plain = poolChain(p.Pool, familyOf(svc.Address)), true
+	}
+	return group, plain
+}
+
+// idleTimeout is that of a listener's TCP flows.
+func idleTimeout(svc *balancer.VirtualService) *Object {
+	seconds := uint32(svc.IdleTimeout.Seconds())
+	return &Object{Name: fmt.Sprintf("idle_%ds", seconds), Type: objectCTTimeout, Established: seconds}
+}
+
 func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService, last lastRule) {
 	f := familyOf(svc.Address)
+	tcp := slices.Contains(svc.Protocols, balancer.ProtoTCP)
+	timeout := idleTimeout(svc)
+	if tcp {
+		rs.addObject(timeout)
+	}
+	if group, plain := plainGroup(t, svc); plain {
+		if tcp {
+			rs.addChain(&Chain{Name: idleChain(timeout, group), Rules: []Rule{
+				rule(func(b *ruleBuilder) { b.ctTimeout(timeout.Name); b.goTo(group) }),
+			}})
+		}
+		return
+	}
 	c := &Chain{Name: serviceChain(svc.Name)}
 	rs.addChain(c)
 	if !allowsAll(svc.Allow) {
@@ -533,15 +587,12 @@ func renderService(rs *Ruleset, t *balancer.Table, svc *balancer.VirtualService,
 		c.Rules = append(c.Rules, allowRule(svc, f))
 	}
 	c.Rules = append(c.Rules, renderLimit(rs, svc, f)...)
-	if slices.Contains(svc.Protocols, balancer.ProtoTCP) {
-		seconds := uint32(svc.IdleTimeout.Seconds())
-		o := &Object{Name: fmt.Sprintf("idle_%ds", seconds), Type: objectCTTimeout, Established: seconds}
-		rs.addObject(o)
+	if tcp {
 		c.Rules = append(c.Rules, rule(func(b *ruleBuilder) {
 			if len(svc.Protocols) > 1 {
 				b.l4proto(balancer.ProtoTCP)
 			}
-			b.ctTimeout(o.Name)
+			b.ctTimeout(timeout.Name)
 		}))
 	}
 	c.Rules = append(c.Rules, last(rs, t, svc, f))

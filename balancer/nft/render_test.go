@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
@@ -481,4 +482,47 @@ func TestRenderedAgainAsAfresh(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Listeners that have nothing of their own share the way to their group: that of TCP
+// gives flows their timeout.
+func TestPlainListenersShareTheirWay(t *testing.T) {
+	table := everything()
+	any4 := prefixes("0.0.0.0/0")
+	add := func(name string, port uint16, idle time.Duration, allow []netip.Prefix, protocols ...uint8) {
+		table.Services = append(table.Services, balancer.VirtualService{
+			Name: name, Address: addr("198.51.100.10"), Protocols: protocols, Port: port, IdleTimeout: idle, Allow: allow,
+			Pools: []balancer.WeightedPool{{Pool: "snat", Weight: 1}, {Pool: "hairpin", Weight: 0}},
+		})
+	}
+	add("both", 1000, time.Minute, any4, balancer.ProtoTCP, balancer.ProtoUDP)
+	add("same", 1001, time.Minute, any4, balancer.ProtoTCP)
+	add("patient", 1002, time.Hour, any4, balancer.ProtoTCP)
+	add("guarded", 1003, time.Minute, prefixes("10.0.0.0/8"), balancer.ProtoUDP)
+	rs := renderAfresh(t, table)
+	services := map[string]string{}
+	for _, e := range rs.Sets["services4"].Elems {
+		services[e.Key] = e.Goto
+	}
+	for _, want := range []struct {
+		port  uint16
+		proto uint8
+		to    string
+	}{
+		{1000, balancer.ProtoTCP, "idle_60s.group4.snat"},
+		{1000, balancer.ProtoUDP, "group4.snat"},
+		{1001, balancer.ProtoTCP, "idle_60s.group4.snat"},
+		{1002, balancer.ProtoTCP, "idle_3600s.group4.snat"},
+		{1003, balancer.ProtoUDP, "listener.guarded"},
+	} {
+		got := services[serviceKey(netip.AddrPortFrom(addr("198.51.100.10"), want.port), want.proto)]
+		if got != want.to || rs.Chains[got] == nil {
+			t.Errorf("port %d, protocol %d: goto %q, a chain: %t; want %q", want.port, want.proto, got, rs.Chains[got] != nil, want.to)
+		}
+	}
+	for _, name := range []string{"both", "same", "patient"} {
+		if rs.Chains[serviceChain(name)] != nil {
+			t.Errorf("listener %s has a chain of its own", name)
+		}
+	}
 }
