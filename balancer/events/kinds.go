@@ -50,6 +50,7 @@ var (
 	DaemonHangs    = kind("daemon.hangs", "A part of the daemon stands still: `/livez` fails and systemd's watchdog is not fed.", "error")
 	DaemonRecovers = kind("daemon.recovered", "What had stood still goes on.")
 	SystemdFailed  = kind("systemd.notify_failed", "systemd could not be told.", "state", "error")
+	LogLinesLost   = kind("log.lost", "Nobody read the log for so long that lines of it were lost; in the log alone.", "lines")
 )
 
 // The configuration.

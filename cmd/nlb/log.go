@@ -7,10 +7,11 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"nlb/balancer/events"
 	"nlb/config"
 )
 
-// newLogger logs to w. Its level can be changed while it runs.
+// newLogger logs to w. Its level can be changed while it runs. Sync it at the end.
 func newLogger(s config.LogSettings, w io.Writer) (*zap.Logger, zap.AtomicLevel, error) {
 	level, err := zap.ParseAtomicLevel(s.Level)
 	if err != nil {
@@ -22,8 +23,12 @@ func newLogger(s config.LogSettings, w io.Writer) (*zap.Logger, zap.AtomicLevel,
 		ec.EncodeLevel = zapcore.CapitalLevelEncoder
 		encoder = zapcore.NewConsoleEncoder(ec)
 	}
-	core := zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), level)
-	return zap.New(core), level, nil
+	var log *zap.Logger
+	writer := newLogWriter(w, func(lines int) {
+		log.Warn("lines of the log were lost: nobody read it", events.LogLinesLost.Field(), zap.Int("lines", lines))
+	})
+	log = zap.New(zapcore.NewCore(encoder, writer, level))
+	return log, level, nil
 }
 
 // logEncoding is how values look in the log, and in events.

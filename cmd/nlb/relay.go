@@ -46,6 +46,7 @@ second one, or SIGINT, ends it at once.`,
 			if err != nil {
 				return usageError{err}
 			}
+			defer func() { _ = logger.Sync() }()
 			o.Log, o.Version = logger.Named("relay"), version()
 			return worker.Run(context.WithoutCancel(cmd.Context()), o)
 		},

@@ -62,6 +62,7 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	if err != nil {
 		return err
 	}
+	defer func() { _ = log.Sync() }()
 	ring := events.NewRing(events.DefaultSize, time.Now())
 	log = log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core { return zapcore.NewTee(c, ring.Core(logEncoding())) }))
 	held, err := control.Acquire(stateLock(cfg.StateDir))

@@ -182,6 +182,12 @@ func prepare(t *testing.T, top *lab.Topology, config string) *daemon {
 func (d *daemon) start() {
 	d.t.Helper()
 	d.launch()
+	d.converges()
+}
+
+// converges waits until the kernel holds the configuration.
+func (d *daemon) converges() {
+	d.t.Helper()
 	wait.For(d.t, limit, "converge", func() error {
 		select {
 		case <-d.done:
@@ -204,13 +210,19 @@ func (d *daemon) start() {
 // launch runs the process and does not wait for anything.
 func (d *daemon) launch() {
 	d.t.Helper()
+	out := d.log.open(d.t)
+	defer out.Close()
+	d.launchInto(out)
+}
+
+// launchInto is launch with another place for the log.
+func (d *daemon) launchInto(out *os.File) {
+	d.t.Helper()
 	level := "debug"
 	if d.terse {
 		level = "info"
 	}
 	d.cmd = d.command("serve", "-c", d.config, "--state-dir", filepath.Join(d.dir, "state"), "--log-level", level)
-	out := d.log.open(d.t)
-	defer out.Close()
 	d.cmd.Stdout, d.cmd.Stderr = out, out
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)

@@ -2,11 +2,15 @@ package e2e
 
 import (
 	"errors"
+	"io"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"nlb/balancer"
 	"nlb/bench/lab"
@@ -84,5 +88,58 @@ func TestStuckDisk(t *testing.T) {
 	h.alive("the disk answers", t3.Name)
 	if on := read(d.state("drains.json")); strings.Contains(on, "target") {
 		t.Errorf("a restart would drain it: %s", on)
+	}
+}
+
+// TestNobodyReadsTheLog has a daemon whose log goes to a pipe that is full before it
+// begins. All goes on, and who reads it late has missed nothing.
+func TestNobodyReadsTheLog(t *testing.T) {
+	t.Parallel()
+	top := routed(t, lab.Options{})
+	client, t1, t2 := top.Clients[0], top.Targets[0], top.Targets[1]
+	dies := serveOn(t, t1, lab.Serve{Ports: []uint16{targetPort}})
+	serveOn(t, t2, lab.Serve{Ports: []uint16{targetPort}})
+	d := prepare(t, top, config{
+		Sources: sources(top), VIPs: both(), Listeners: listen("web", "TCP", cutPort, "web"),
+		Groups: []group{pool("web", "TCP", "preserve", targetPort, targets(top.Targets...))},
+	}.String())
+	d.terse = true
+	log, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	room, err := unix.FcntlInt(out.Fd(), unix.F_GETPIPE_SZ, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Write(make([]byte, room)); err != nil {
+		t.Fatal(err)
+	}
+	d.launchInto(out)
+	out.Close()
+	d.converges()
+	d.waitAllHealthy()
+	if err := dies.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d.becomes("web", t1, balancer.Unhealthy, "")
+	avoided(t, "nobody reads", client, cutPort, 40, t1.Name)
+	reached(t, "nobody reads", client, cutPort, t2.Name)
+
+	read := make(chan string, 1)
+	go func() {
+		all, _ := io.ReadAll(log) // ends with the daemon
+		read <- string(all)
+	}()
+	d.stop()
+	said := <-read
+	at := 0
+	for _, event := range []string{"daemon.started", "vip.added", "daemon.ready", `"to": "healthy"`, `"to": "unhealthy"`, "daemon.stopped"} {
+		next := strings.Index(said[at:], event)
+		if next < 0 {
+			t.Fatalf("%s is not where it should be in\n%s", event, strings.Trim(said, "\x00"))
+		}
+		at += next
 	}
 }
