@@ -54,6 +54,9 @@ func serve(ctx context.Context, path string, flags *pflag.FlagSet, socket string
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
 	defer signal.Stop(hangups)
+	// It outlives the reader of its log: Go ends who writes to a stderr that nobody
+	// can read any more, unless it asks to be told.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	cfg, err := config.Load(path, flags)
 	if err != nil {
 		return err

@@ -92,7 +92,8 @@ func TestStuckDisk(t *testing.T) {
 }
 
 // TestNobodyReadsTheLog has a daemon whose log goes to a pipe that is full before it
-// begins. All goes on, and who reads it late has missed nothing.
+// begins. All goes on, and who reads it late has missed nothing. Another one's reader
+// is gone.
 func TestNobodyReadsTheLog(t *testing.T) {
 	t.Parallel()
 	top := routed(t, lab.Options{})
@@ -142,4 +143,16 @@ func TestNobodyReadsTheLog(t *testing.T) {
 		}
 		at += next
 	}
+
+	log, out, err = os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	log.Close()
+	d.launchInto(out)
+	out.Close()
+	d.converges()
+	d.becomes("web", t1, balancer.Unhealthy, "")
+	reached(t, "nobody can read", client, cutPort, t2.Name)
+	d.stop()
 }
