@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -211,7 +212,7 @@ func (s *Sysctls) Apply(ctx context.Context, p balancer.Plan) error {
 	if plan.Empty() {
 		return nil
 	}
-	if err := s.saved.Store(slices.Concat(plan.keep, plan.restore, plan.set)); err != nil {
+	if err := s.store(slices.Concat(plan.keep, plan.restore, plan.set)); err != nil {
 		return err
 	}
 	var errs []error
@@ -229,7 +230,24 @@ func (s *Sysctls) Apply(ctx context.Context, p balancer.Plan) error {
 		}
 		left = append(left, r)
 	}
-	return errors.Join(append(errs, s.saved.Store(left))...)
+	return errors.Join(append(errs, s.store(left))...)
+}
+
+// store replaces the records on disk, unless it has these. What somebody else changed
+// is set again without a wait for the disk.
+func (s *Sysctls) store(records []record) error {
+	if there, err := s.saved.Load(); err == nil && reflect.DeepEqual(byKey(there), byKey(records)) {
+		return nil
+	}
+	return s.saved.Store(records)
+}
+
+func byKey(records []record) map[string]record {
+	m := make(map[string]record, len(records))
+	for _, r := range records {
+		m[r.Key] = r
+	}
+	return m
 }
 
 // write sets the settings, up to the first that fails. Those of interfaces that

@@ -52,6 +52,13 @@ func TestStuckDisk(t *testing.T) {
 		}
 		return nil
 	})
+	must(t, d.node, "sysctl", "-qw", "net.netfilter.nf_conntrack_acct=0")
+	wait.For(t, limit, "the sysctl to be set again", func() error {
+		if now := must(t, d.node, "sysctl", "-n", "net.netfilter.nf_conntrack_acct"); strings.TrimSpace(now) != "1" {
+			return errors.New("it is " + now)
+		}
+		return nil
+	})
 	if err := listeners[1].Close(); err != nil {
 		t.Fatal(err)
 	}
