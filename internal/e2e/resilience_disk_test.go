@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io"
 	"os"
-	"os/exec"
 	"strings"
 	"sync"
 	"testing"
@@ -21,9 +20,6 @@ import (
 // time, although nobody can write that down, and a target that dies then is left
 // out. What somebody asks for waits until the disk answers.
 func TestStuckDisk(t *testing.T) {
-	if _, err := exec.LookPath("strace"); err != nil {
-		t.Fatal("strace is missing, which make deps installs")
-	}
 	t.Parallel()
 	top := routed(t, lab.Options{Targets: 3})
 	client, t1, t2, t3 := top.Clients[0], top.Targets[0], top.Targets[1], top.Targets[2]

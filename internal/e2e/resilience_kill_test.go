@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -151,9 +150,6 @@ func (d *daemon) tidy() {
 // makes the rest. strace(1) holds the daemon up at every message and file it
 // writes, so that the kill falls between two of them.
 func TestKillDuringTheFirstStart(t *testing.T) {
-	if _, err := exec.LookPath("strace"); err != nil {
-		t.Fatal("strace is missing, which make deps installs")
-	}
 	const kills = 16
 	top, d := served(t, lab.Options{Targets: 2}, 2)
 	r := chance(t)
@@ -224,9 +220,6 @@ func TestStopAtAnyMoment(t *testing.T) {
 
 // A daemon that dies over its key, again and again, does not fill the folder.
 func TestKilledKeysLeaveNoLitter(t *testing.T) {
-	if _, err := exec.LookPath("strace"); err != nil {
-		t.Fatal("strace is missing, which make deps installs")
-	}
 	_, d := served(t, lab.Options{Targets: 2}, 2)
 	d.stop()
 	if err := os.Remove(d.state("hash.key")); err != nil {
@@ -260,7 +253,7 @@ func (d *daemon) launchTraced(calls, what string) {
 		program, "serve", "-c", d.config, "--state-dir", d.state(""), "--log-level", "debug", "--socket", d.socket)
 	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
 	if err := d.cmd.Start(); err != nil {
-		d.t.Fatal(err)
+		d.t.Fatalf("make deps installs strace: %v", err)
 	}
 	cmd, done := d.cmd, make(chan struct{})
 	d.done = done
