@@ -5,7 +5,9 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -125,6 +127,46 @@ func TestRequestsWaitForTheDiskInTurn(t *testing.T) {
 		}
 		if got := s.wrote(); got != "targets drains drains targets drains" {
 			t.Errorf("wrote %q", got)
+		}
+	})
+}
+
+// A drain that ends while a reload waits is not begun again by the reload, which was
+// planned before that.
+func TestDrainEndsWhileAReloadWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, s := newWorld(), &shelf{}
+		r, stop := start(s.options(w, minuteSpec(3)))
+		defer stop()
+		if err := r.Drain(t.Context(), "web", addr("10.0.1.11"), 0); err != nil {
+			t.Fatal(err)
+		}
+		bubble.Pass(50 * time.Second)
+		release := s.stick()
+		reload := ask(func() error { return r.SetSpec(context.Background(), minuteSpec(2)) })
+		bubble.Pass(30 * time.Second)
+		waits(t, "reload", reload)
+		if got := w.dump()["pool web"]; strings.Contains(got, "ends") {
+			t.Fatalf("the drain is not over: %s", got)
+		}
+		var again atomic.Value
+		w.setFault(func(x step) error {
+			if strings.Contains(x.String(), "10.0.1.11:8080=0 ends") {
+				again.Store(x.String())
+			}
+			return nil
+		})
+		release()
+		if err := <-reload; err != nil {
+			t.Error(err)
+		}
+		synctest.Wait()
+		if x := again.Load(); x != nil {
+			t.Errorf("it ends again: %s", x)
+		}
+		bubble.Pass(DefaultResync)
+		if drains, _ := s.kept(); !drains[webKey("10.0.1.11")].Done || !drains[webKey("10.0.1.13")].Removed {
+			t.Errorf("kept: %v", drains)
 		}
 	})
 }
