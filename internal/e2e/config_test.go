@@ -102,6 +102,12 @@ func quick() map[string]any {
 	return map[string]any{"interval": "1s", "timeout": "1s", "healthy_threshold": 1, "unhealthy_threshold": 2}
 }
 
+// patient is a health check that bears with a busy machine, and with a while
+// without answers.
+func patient() map[string]any {
+	return map[string]any{"interval": "5s", "timeout": "5s", "healthy_threshold": 1, "unhealthy_threshold": 10}
+}
+
 // to is a forward to one group.
 func to(group string) []forward { return []forward{{group, 1}} }
 

@@ -362,13 +362,13 @@ func (s *site) second(c *conformFile) string {
 	return c.have(s.pool("second", "TCP_UDP", "preserve", targetPort, s.top.Targets[1]))
 }
 
-// pool is a group with health checks that bear with a busy machine.
+// pool is a group whose targets are not to fail.
 func (s *site) pool(name, protocol, mode string, port uint16, nodes ...*lab.Node) group {
 	if port == targetPort && !strings.HasPrefix(name, "self-") { // those are to share a target
 		port = s.targetPort(name)
 	}
 	g := pool(name, protocol, mode, port, targets(nodes...))
-	g.HealthCheck = map[string]any{"interval": "5s", "timeout": "5s", "healthy_threshold": 1, "unhealthy_threshold": 5}
+	g.HealthCheck = patient()
 	return g
 }
 

@@ -391,14 +391,18 @@ func TestReturnConnmark(t *testing.T) {
 	serveTargets(t, top, 8080)
 	serveOn(t, node, lab.Serve{Ports: []uint16{8080}})
 	serveOn(t, client, lab.Serve{Ports: []uint16{7000}})
-	serving(t, top, config{
+	c := config{
 		Sources: sources(top), VIPs: both(),
 		Listeners: append(listen("pod", "TCP_UDP", 80, "pod"), listen("node", "TCP_UDP", 81, "node")...),
 		Groups: []group{
 			pool("pod", "TCP_UDP", "preserve", 8080, targets(pod)),
 			pool("node", "TCP_UDP", "preserve", 8080, targets(node)),
 		},
-	})
+	}
+	for i := range c.Groups {
+		c.Groups[i].HealthCheck = patient() // for a while the pod's answers do not arrive
+	}
+	serving(t, top, c)
 	ports := []uint16{80, 81}
 	gateway := map[string]netip.Addr{"4": netip.MustParseAddr("10.0.3.2"), "6": netip.MustParseAddr("2001:db8:3::2")}
 	ownCalls := func(when string) {
