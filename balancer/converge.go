@@ -31,15 +31,39 @@ func PlanAll(ctx context.Context, parts []Part, want *Desired) ([]PartPlan, erro
 // serve and guard it are missing.
 func Converge(ctx context.Context, parts []Part, want *Desired, changed func(PartPlan)) error {
 	for _, p := range parts {
-		plan, err := convergePart(ctx, p, want)
-		if err != nil {
+		if err := convergeStep(ctx, p, want, changed); err != nil {
 			return err
-		}
-		if !plan.Empty() {
-			changed(PartPlan{Part: p.Name(), Plan: plan})
 		}
 	}
 	return nil
+}
+
+// ConvergeSparing is Converge that goes on without those Sparable Parts that failed
+// and are spared. What was wrong with them is spared, and err what it stopped at.
+func ConvergeSparing(ctx context.Context, parts []Part, want *Desired, changed func(PartPlan)) (spared, err error) {
+	for _, p := range parts {
+		s, sparable := p.(Sparable)
+		if sparable {
+			p = s.Hasty()
+		}
+		err := convergeStep(ctx, p, want, changed)
+		switch {
+		case err == nil:
+		case sparable && ctx.Err() == nil && s.Spared(want):
+			spared = errors.Join(spared, err)
+		default:
+			return spared, err
+		}
+	}
+	return spared, nil
+}
+
+func convergeStep(ctx context.Context, p Part, want *Desired, changed func(PartPlan)) error {
+	plan, err := convergePart(ctx, p, want)
+	if err == nil && !plan.Empty() {
+		changed(PartPlan{Part: p.Name(), Plan: plan})
+	}
+	return err
 }
 
 // convergePart makes one Part hold want and returns the Plan that did it. Being

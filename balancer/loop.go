@@ -227,7 +227,7 @@ func (l *loop) replace(ctx context.Context, spec *Spec) (*change, error) {
 // exchange puts another Spec in force, whose drains are; after an error it is the
 // former with those before.
 func (l *loop) exchange(ctx context.Context, spec *Spec, before Drains) error {
-	done := l.converge(ctx, spec, true)
+	done := l.converge(ctx, spec, true, Converge)
 	if done.err != nil {
 		l.unkept = !reflect.DeepEqual(before, l.drains)
 		l.drains = before
@@ -303,7 +303,15 @@ func (l *loop) rehearse(ctx context.Context, spec *Spec, drains Drains) error {
 // With look it asks the host anew for the routes.
 func (l *loop) pass(ctx context.Context, look bool) {
 	l.tidy(time.Now())
-	done := l.converge(ctx, l.spec, look)
+	var spared error
+	done := l.converge(ctx, l.spec, look, func(ctx context.Context, parts []Part, want *Desired, changed func(PartPlan)) (err error) {
+		spared, err = ConvergeSparing(ctx, parts, want, changed)
+		return err
+	})
+	if spared != nil {
+		l.held = nil // not all of it
+		done.err = errors.Join(done.err, spared)
+	}
 	if ctx.Err() != nil {
 		return // the stop is the failure
 	}
@@ -347,7 +355,8 @@ type outcome struct {
 	err  error
 }
 
-func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
+// converge makes the Parts hold a Spec by what by does.
+func (l *loop) converge(ctx context.Context, spec *Spec, look bool, by func(context.Context, []Part, *Desired, func(PartPlan)) error) outcome {
 	done := outcome{looked: look, begun: time.Now()}
 	var lost error
 	if look || l.routes == nil {
@@ -379,7 +388,7 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool) outcome {
 			return ignores
 		})
 	}
-	err := Converge(ctx, parts, done.want, func(p PartPlan) { l.wrote(p, repair()) })
+	err := by(ctx, parts, done.want, func(p PartPlan) { l.wrote(p, repair()) })
 	if err == nil {
 		l.held, l.lastHeld, done.held = done.want, seen.Now, true
 	}

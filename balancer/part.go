@@ -20,6 +20,18 @@ type Part interface {
 	Apply(ctx context.Context, p Plan) error
 }
 
+// A Sparable is a Part that talks to a process, which may be slow or gone. What the
+// kernel does alone must not wait for that.
+type Sparable interface {
+	Part
+	// Spared reports whether the Parts after this one can do without it, whatever
+	// became of it: what they rely on is there. It asks nobody who may be slow.
+	Spared(want *Desired) bool
+	// Hasty is the same Part, which fails soon where it is spared. What it asked for
+	// may come true later.
+	Hasty() Part
+}
+
 // A TableIgnorer is a Part to which the Table means nothing. A pass that looks at
 // nothing anew, as after a verdict, leaves it alone: what others do to it is
 // watched for.

@@ -110,6 +110,10 @@ func (d *daemon) reload(ctx context.Context) error {
 			return err
 		}
 	}
+	// It will be told, while nothing else is done: no verdict waits for one that hangs.
+	if err := d.kernel.relay.Answers(ctx); err != nil {
+		return err
+	}
 	var inForce *balancer.Spec
 	if s := d.reconciler.Snapshot(); s != nil {
 		inForce = s.Spec

@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -245,4 +246,87 @@ func TestRelayUpgrades(t *testing.T) {
 	if err := d.planned(); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestRelayHangs stops the relay for a while, as a debugger or a lack of memory does:
+// it is there and answers nothing. What the kernel does goes on: targets of another
+// group that die are out of service, also while a reload waits for the relay, which
+// comes to nothing. When the relay goes on it is told what it missed.
+func TestRelayHangs(t *testing.T) {
+	t.Parallel()
+	const plainPort, plainTarget = 81, 8081
+	top := routed(t, lab.Options{Targets: 3})
+	client, t1, t2 := top.Clients[0], top.Targets[0], top.Targets[1]
+	headers := serveHeaders(t, top.Targets, targetPort)
+	plain := make(map[string]*lab.Listeners)
+	for _, n := range top.Targets {
+		plain[n.Name] = serveOn(t, n, lab.Serve{Ports: []uint16{plainTarget}, Networks: []string{"tcp"}})
+	}
+	c := config{
+		Sources: sources(top), VIPs: both(),
+		Listeners: slices.Concat(listen("web", "TCP", webPort, "web"), listen("plain", "TCP", plainPort, "plain")),
+		Groups: []group{
+			pool("web", "TCP", "proxy_protocol_v2", targetPort, targets(top.Targets...)),
+			pool("plain", "TCP", "preserve", plainTarget, targets(top.Targets...)),
+		},
+	}
+	d := serving(t, top, c)
+	pid := d.relay()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	goOn := sync.OnceFunc(func() { _ = unix.Kill(pid, unix.SIGCONT) })
+	t.Cleanup(goOn)
+	dies := func(n *lab.Node, of map[string]*lab.Listeners) {
+		t.Helper()
+		if err := of[n.Name].Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	avoid := func(port uint16, dead ...*lab.Node) {
+		t.Helper()
+		wait.For(t, limit, "new flows avoid the dead", func() error {
+			for _, f := range families {
+				got := call(t, client, lab.Call{Network: "tcp", Dst: f.at(port), N: 40, Parallel: 20})
+				for _, n := range dead {
+					if got.ByWho[n.Name] > 0 || got.Failed > 0 {
+						return fmt.Errorf("port %d, IPv%s: %v", port, f.name, got)
+					}
+				}
+			}
+			return nil
+		})
+	}
+	c.Groups[1].Targets = targets(top.Targets[1:]...)
+	d.write(c.String())
+	refused := make(chan output, 1)
+	go func() { refused <- d.run("reload") }()
+	dies(t1, plain)
+	avoid(plainPort, t1)
+	if out := <-refused; out.code != 1 || !strings.Contains(out.stderr, "relay worker does not answer") {
+		t.Errorf("reload: %+v", out)
+	}
+	dies(t1, headers)
+	dies(t2, plain)
+	avoid(plainPort, t1, t2)
+	if s := d.status(); !s.Apply.Held || !strings.Contains(s.Apply.Error, "relay worker has not answered for") {
+		t.Errorf("status: %+v", s.Apply)
+	}
+	goOn()
+	avoid(webPort, t1)
+	if now := d.relay(); now != pid {
+		t.Errorf("relay %d follows %d", now, pid)
+	}
+	if err := d.reload(c.String()); err != nil {
+		t.Error(err)
+	}
+	if err := d.planned(); err != nil {
+		t.Error(err)
+	}
+	for _, sig := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
+		if err := unix.Kill(pid, sig); err != nil {
+			t.Fatal(err)
+		}
+	}
+	avoid(webPort, t1) // the next one serves
 }

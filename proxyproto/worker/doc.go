@@ -33,6 +33,10 @@
 // Closer removes. What the dataplane may still send in between is served as it
 // was before.
 //
+// The dataplane waits for neither for long: a verdict on a target must not depend
+// on a process that hangs. Where the controller has all sockets, it goes on without
+// an answer.
+//
 // # Control socket
 //
 // Requests and answers are frames: 4 bytes of length, then JSON; files come

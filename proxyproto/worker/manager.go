@@ -49,10 +49,13 @@ type Manager struct {
 	o ManagerOptions
 	// changed says that a worker may be there, or wanted, that was not before.
 	changed chan struct{}
+	line    *line
 
 	mu      sync.Mutex // one at a time starts workers or tells them what to serve
 	sockets sockets
 	table   *balancer.Table // that the worker was last given, or has; nil: unknown
+
+	listening sync.Map // the addresses of sockets, for those who do not wait for mu
 
 	seen struct {
 		sync.Mutex // guards hash and table
@@ -69,7 +72,7 @@ func New(o ManagerOptions) *Manager {
 	if o.Output == nil {
 		o.Output = os.Stderr
 	}
-	return &Manager{o: o, changed: make(chan struct{}, 1), sockets: make(sockets)}
+	return &Manager{o: o, changed: make(chan struct{}, 1), line: newLine(), sockets: make(sockets)}
 }
 
 // served is what the relay serves.
@@ -92,6 +95,17 @@ func (m *Manager) observe(ctx context.Context) (served, error) {
 		return served{table: new(balancer.Table)}, nil
 	}
 	return served{}, err
+}
+
+// Answers fails if a worker that has something to do does not answer.
+func (m *Manager) Answers(ctx context.Context) error {
+	if m.rests() {
+		return nil
+	}
+	if _, err := m.observe(ctx); err != nil {
+		return fmt.Errorf("the relay worker does not answer: %w", err)
+	}
+	return nil
 }
 
 func (m *Manager) observeOn(ctx context.Context, l link) (served, error) {
@@ -192,7 +206,7 @@ func (m *Manager) open(t *balancer.Table) (opened []netip.AddrPort, err error) {
 			errs = append(errs, err)
 			continue
 		}
-		m.sockets[a] = fd
+		m.keep(a, fd)
 		opened = append(opened, a)
 	}
 	if len(errs) > 0 {
@@ -205,9 +219,33 @@ func (m *Manager) open(t *balancer.Table) (opened []netip.AddrPort, err error) {
 // forget closes our copies of sockets.
 func (m *Manager) forget(which []netip.AddrPort) {
 	for _, a := range which {
+		m.listening.Delete(a)
 		_ = unix.Close(m.sockets[a])
 		delete(m.sockets, a)
 	}
+}
+
+func (m *Manager) forgetAll() {
+	m.listening.Clear()
+	m.sockets.close()
+	m.sockets = make(sockets)
+}
+
+// keep keeps a socket that listens.
+func (m *Manager) keep(a netip.AddrPort, fd int) {
+	m.sockets[a] = fd
+	m.listening.Store(a, nil)
+}
+
+// listens reports whether we have a socket for each service of a table. It does not
+// wait for mu.
+func (m *Manager) listens(t *balancer.Table) bool {
+	for i := range t.Services {
+		if _, have := m.listening.Load(addressOf(&t.Services[i])); !have {
+			return false
+		}
+	}
+	return true
 }
 
 // missing are the sockets of t that a worker with those listeners lacks.
@@ -254,7 +292,7 @@ func (m *Manager) adopt(ctx context.Context, hello Hello) error {
 			_ = unix.Close(fd)
 			continue
 		}
-		m.sockets[a] = fd
+		m.keep(a, fd)
 	}
 	return nil
 }

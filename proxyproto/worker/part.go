@@ -11,9 +11,9 @@ import (
 )
 
 var (
-	_ balancer.Part = (*Opener)(nil)
-	_ balancer.Part = (*Closer)(nil)
-	_ balancer.Plan = Plan{}
+	_ balancer.Sparable = (*Opener)(nil)
+	_ balancer.Sparable = (*Closer)(nil)
+	_ balancer.Plan     = Plan{}
 )
 
 // A Plan is a change of what the relay serves.
@@ -31,10 +31,13 @@ func (p Plan) Lines() []string { return p.lines }
 // An Opener makes the relay serve what is wanted and is not served, or served
 // differently. It belongs before the dataplane, which sends clients to sockets
 // that must be there; what the dataplane still sends to is kept.
-type Opener struct{ m *Manager }
+type Opener struct {
+	m     *Manager
+	hasty bool
+}
 
 // Opener returns the Part that belongs before the dataplane.
-func (m *Manager) Opener() *Opener { return &Opener{m} }
+func (m *Manager) Opener() *Opener { return &Opener{m: m} }
 
 // Name implements balancer.Part.
 func (*Opener) Name() string { return "relay" }
@@ -42,45 +45,80 @@ func (*Opener) Name() string { return "relay" }
 // Plan implements balancer.Part. It finds addresses that somebody else listens
 // on. A relay that serves nothing and is to serve nothing need not run.
 func (o *Opener) Plan(ctx context.Context, want *balancer.Desired) (balancer.Plan, error) {
-	have, final, rests, err := o.m.compare(ctx, want)
-	if err != nil {
-		return nil, err
-	}
-	if rests {
-		return Plan{}, nil
-	}
-	to := staged(have, final)
-	if err := o.m.rehearse(have, to); err != nil {
-		return nil, err
-	}
-	return plan(have, to)
+	return converse(ctx, o.m.line, o.spared(func() bool { return o.Spared(want) }), func(ctx context.Context) (balancer.Plan, error) {
+		have, final, rests, err := o.m.compare(ctx, want)
+		if err != nil {
+			return nil, err
+		}
+		if rests {
+			return Plan{}, nil
+		}
+		to := staged(have, final)
+		if err := o.m.rehearse(have, to); err != nil {
+			return nil, err
+		}
+		return plan(have, to)
+	})
 }
 
 // Apply implements balancer.Part. It starts the relay if need be. After an error
 // the relay serves what it served before.
-func (o *Opener) Apply(ctx context.Context, p balancer.Plan) error { return o.m.apply(ctx, p) }
+func (o *Opener) Apply(ctx context.Context, p balancer.Plan) error {
+	return o.m.apply(ctx, p, o.spared(func() bool {
+		plan, ok := p.(Plan)
+		return ok && plan.table != nil && o.m.listens(plan.table)
+	}))
+}
+
+// Spared implements balancer.Sparable: where all sockets are there, clients wait in
+// their queues for a worker.
+func (o *Opener) Spared(want *balancer.Desired) bool { return o.m.listens(relayed(want.Table, nil)) }
+
+// Hasty implements balancer.Sparable.
+func (o *Opener) Hasty() balancer.Part { return &Opener{o.m, true} }
+
+// spared is by when others can do without it; nil if they wait.
+func (o *Opener) spared(by func() bool) func() bool {
+	if o.hasty {
+		return by
+	}
+	return nil
+}
 
 // A Closer ends what is not wanted any more. It belongs after the dataplane,
 // which sends nobody there any more.
-type Closer struct{ m *Manager }
+type Closer struct {
+	m      *Manager
+	spared func() bool // nil if others wait for it
+}
 
 // Closer returns the Part that belongs after the dataplane.
-func (m *Manager) Closer() *Closer { return &Closer{m} }
+func (m *Manager) Closer() *Closer { return &Closer{m: m} }
 
 // Name implements balancer.Part.
 func (*Closer) Name() string { return "relay clean-up" }
 
 // Plan implements balancer.Part.
 func (c *Closer) Plan(ctx context.Context, want *balancer.Desired) (balancer.Plan, error) {
-	have, final, _, err := c.m.compare(ctx, want)
-	if err != nil {
-		return nil, err
-	}
-	return plan(staged(have, final), final)
+	return converse(ctx, c.m.line, c.spared, func(ctx context.Context) (balancer.Plan, error) {
+		have, final, _, err := c.m.compare(ctx, want)
+		if err != nil {
+			return nil, err
+		}
+		return plan(staged(have, final), final)
+	})
 }
 
 // Apply implements balancer.Part.
-func (c *Closer) Apply(ctx context.Context, p balancer.Plan) error { return c.m.apply(ctx, p) }
+func (c *Closer) Apply(ctx context.Context, p balancer.Plan) error {
+	return c.m.apply(ctx, p, c.spared)
+}
+
+// Spared implements balancer.Sparable: nobody needs what it ends to have ended.
+func (*Closer) Spared(*balancer.Desired) bool { return true }
+
+// Hasty implements balancer.Sparable.
+func (c *Closer) Hasty() balancer.Part { return &Closer{c.m, func() bool { return true }} }
 
 // compare returns what the relay serves and what it should serve in the end. It
 // rests if it does nothing and is to do nothing: then the former is what our
@@ -121,8 +159,7 @@ func (m *Manager) rest() *balancer.Table {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.table == nil {
-		m.sockets.close()
-		m.sockets = make(sockets)
+		m.forgetAll()
 	}
 	if len(m.sockets) == 0 {
 		m.table = new(balancer.Table)
@@ -165,7 +202,7 @@ func (m *Manager) rehearse(have, to *balancer.Table) error {
 	return errors.Join(errs...)
 }
 
-func (m *Manager) apply(ctx context.Context, p balancer.Plan) error {
+func (m *Manager) apply(ctx context.Context, p balancer.Plan, spared func() bool) error {
 	plan, ok := p.(Plan)
 	if !ok {
 		return fmt.Errorf("a %T is no plan of a relay", p)
@@ -173,7 +210,10 @@ func (m *Manager) apply(ctx context.Context, p balancer.Plan) error {
 	if plan.Empty() {
 		return nil
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.give(ctx, plan.table)
+	_, err := converse(ctx, m.line, spared, func(ctx context.Context) (struct{}, error) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return struct{}{}, m.give(ctx, plan.table)
+	})
+	return err
 }

@@ -215,6 +215,6 @@ func (m *Manager) tell() {
 func (m *Manager) close() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.sockets.close()
-	m.sockets, m.table = make(sockets), nil
+	m.forgetAll()
+	m.table = nil
 }
