@@ -168,8 +168,9 @@ func TestAllow(t *testing.T) {
 				t.Errorf("%s: %d allowed flows were counted as refused", what, now-refused)
 			}
 			allFail(t, what+", not allowed", ask(out), lab.Timeout)
-			if now := d.counter("not_allowed_drops"); now != refused+flows {
-				t.Errorf("%s: not_allowed_drops rose by %d for %d flows", what, now-refused, flows)
+			// On a busy machine a SYN may be sent again before its caller gives up.
+			if n := d.counter("not_allowed_drops") - refused; n < flows || n > flows && network == "udp" {
+				t.Errorf("%s: not_allowed_drops rose by %d for %d flows", what, n, flows)
 			}
 		}
 	}
