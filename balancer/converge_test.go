@@ -148,5 +148,13 @@ func TestSilentPartHoldsNobodyUp(t *testing.T) {
 		if s := r.Snapshot(); s.Err != nil {
 			t.Errorf("it answers again: %v", s.Err)
 		}
+		hasty, patient := p.hasty.Load(), p.patient.Load()
+		if err := r.SetSpec(t.Context(), webSpec(1)); err != nil {
+			t.Error(err)
+		}
+		// What would fail is found first, and then it is done.
+		if h, n := p.hasty.Load()-hasty, p.patient.Load()-patient; h != 0 || n != 2 {
+			t.Errorf("a reload asked it %d times hastily, %d times patiently", h, n)
+		}
 	})
 }
