@@ -244,10 +244,21 @@ func (s *soak) drainOrUndrain() string {
 	return fmt.Sprintf("drain %s %s", s.drainedOf, s.drained.Name)
 }
 
+// foundDead is how long after its return a target may be found dead: two probes, and
+// a pass of a busy daemon.
+const foundDead = 3 * time.Second
+
 // dieOrReturn kills a target's process, or starts it again.
 func (s *soak) dieOrReturn() string {
 	s.t.Helper()
 	if n := s.dead; n != nil {
+		// A check that met it dead may say so after it is back: then the relay ends
+		// what it has had since.
+		why, cut, back := n.Name+" was found dead when it was back", []string{lab.Reset, lab.Closed}, time.Now()
+		s.excuse(nil, []excuse{
+			{why: why, relayed: true, kind: ofStreams, who: n.Name, errs: cut},
+			{why: why, relayed: true, kind: ofCalls, who: n.Name, errs: cut},
+		}, func() bool { return time.Since(back) > foundDead && s.used(n) })
 		s.serving[n.Name] = servePassages(s.t, n)
 		s.dead = nil
 		return n.Name + " returns"
