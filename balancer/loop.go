@@ -227,7 +227,7 @@ func (l *loop) replace(ctx context.Context, spec *Spec) (*change, error) {
 // exchange puts another Spec in force, whose drains are; after an error it is the
 // former with those before.
 func (l *loop) exchange(ctx context.Context, spec *Spec, before Drains) error {
-	done := l.converge(ctx, spec, true, Converge)
+	done := l.converge(ctx, spec, true, false)
 	if done.err != nil {
 		l.unkept = !reflect.DeepEqual(before, l.drains)
 		l.drains = before
@@ -303,15 +303,7 @@ func (l *loop) rehearse(ctx context.Context, spec *Spec, drains Drains) error {
 // With look it asks the host anew for the routes.
 func (l *loop) pass(ctx context.Context, look bool) {
 	l.tidy(time.Now())
-	var spared error
-	done := l.converge(ctx, l.spec, look, func(ctx context.Context, parts []Part, want *Desired, changed func(PartPlan)) (err error) {
-		spared, err = ConvergeSparing(ctx, parts, want, changed)
-		return err
-	})
-	if spared != nil {
-		l.held = nil // not all of it
-		done.err = errors.Join(done.err, spared)
-	}
+	done := l.converge(ctx, l.spec, look, true)
 	if ctx.Err() != nil {
 		return // the stop is the failure
 	}
@@ -355,8 +347,9 @@ type outcome struct {
 	err  error
 }
 
-// converge makes the Parts hold a Spec by what by does.
-func (l *loop) converge(ctx context.Context, spec *Spec, look bool, by func(context.Context, []Part, *Desired, func(PartPlan)) error) outcome {
+// converge makes the Parts hold a Spec: all of them, or with sparing those that
+// others cannot do without.
+func (l *loop) converge(ctx context.Context, spec *Spec, look, sparing bool) outcome {
 	done := outcome{looked: look, begun: time.Now()}
 	var lost error
 	if look || l.routes == nil {
@@ -388,12 +381,21 @@ func (l *loop) converge(ctx context.Context, spec *Spec, look bool, by func(cont
 			return ignores
 		})
 	}
-	err := by(ctx, parts, done.want, func(p PartPlan) { l.wrote(p, repair()) })
+	wrote := func(p PartPlan) { l.wrote(p, repair()) }
+	var spared, err error
+	if sparing {
+		spared, err = ConvergeSparing(ctx, parts, done.want, wrote)
+	} else {
+		err = Converge(ctx, parts, done.want, wrote)
+	}
 	if err == nil {
-		l.held, l.lastHeld, done.held = done.want, seen.Now, true
+		l.lastHeld, done.held = seen.Now, true
+		if spared == nil {
+			l.held = done.want
+		}
 	}
 	// Yesterday's routes carry today's health, but they are to be found again.
-	done.err = errors.Join(err, lost)
+	done.err = errors.Join(err, spared, lost)
 	return done
 }
 

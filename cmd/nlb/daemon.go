@@ -110,7 +110,8 @@ func (d *daemon) reload(ctx context.Context) error {
 			return err
 		}
 	}
-	// It will be told, while nothing else is done: no verdict waits for one that hangs.
+	// The loop is to tell the relay of it. Asked here, one that hangs keeps no verdict
+	// waiting.
 	if err := d.kernel.relay.Answers(ctx); err != nil {
 		return err
 	}
