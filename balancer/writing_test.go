@@ -34,6 +34,20 @@ func stuck(t *testing.T, f func(t *testing.T, w *world, s *shelf, r *Reconciler,
 	})
 }
 
+// drainsOne has a Reconciler that drains one target of three, for a minute.
+func drainsOne(t *testing.T, f func(t *testing.T, w *world, s *shelf, r *Reconciler)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		w, s := newWorld(), &shelf{}
+		r, stop := start(s.options(w, minuteSpec(3)))
+		defer stop()
+		if err := r.Drain(t.Context(), "web", addr("10.0.1.11"), 0); err != nil {
+			t.Fatal(err)
+		}
+		f(t, w, s, r)
+	})
+}
+
 // ask begins a request. It has ended when the channel has its error.
 func ask(do func() error) <-chan error {
 	done := make(chan error, 1)
@@ -65,13 +79,7 @@ func states(r *Reconciler) map[TargetKey]State {
 
 // A drain ends and a target dies while the disk is stuck with the end of that drain.
 func TestVerdictsDoNotWaitForTheDisk(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w, s := newWorld(), &shelf{}
-		r, stop := start(s.options(w, minuteSpec(3)))
-		defer stop()
-		if err := r.Drain(t.Context(), "web", addr("10.0.1.11"), 0); err != nil {
-			t.Fatal(err)
-		}
+	drainsOne(t, func(t *testing.T, w *world, s *shelf, r *Reconciler) {
 		release := s.stick()
 		bubble.Pass(2 * time.Minute)
 		if got := states(r)[webKey("10.0.1.11")]; got != Unused {
@@ -134,13 +142,7 @@ func TestRequestsWaitForTheDiskInTurn(t *testing.T) {
 // A drain that ends while a reload waits is not begun again by the reload, which was
 // planned before that.
 func TestDrainEndsWhileAReloadWaits(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w, s := newWorld(), &shelf{}
-		r, stop := start(s.options(w, minuteSpec(3)))
-		defer stop()
-		if err := r.Drain(t.Context(), "web", addr("10.0.1.11"), 0); err != nil {
-			t.Fatal(err)
-		}
+	drainsOne(t, func(t *testing.T, w *world, s *shelf, r *Reconciler) {
 		bubble.Pass(50 * time.Second)
 		release := s.stick()
 		reload := ask(func() error { return r.SetSpec(context.Background(), minuteSpec(2)) })
