@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -162,16 +165,40 @@ func TestAllow(t *testing.T) {
 			ask := func(n *lab.Node) lab.Tally {
 				return call(t, n, lab.Call{Network: network, Dst: f.at(80), N: flows, Parallel: flows, Timeout: briefly})
 			}
-			refused := d.counter("not_allowed_drops")
+			refused, again := d.counter("not_allowed_drops"), sentAgain(t, out)
 			allSeenAs(t, what+", allowed", ask(in), f.addr(in))
 			if now := d.counter("not_allowed_drops"); now != refused {
 				t.Errorf("%s: %d allowed flows were counted as refused", what, now-refused)
 			}
 			allFail(t, what+", not allowed", ask(out), lab.Timeout)
 			// On a busy machine a SYN may be sent again before its caller gives up.
-			if n := d.counter("not_allowed_drops") - refused; n < flows || n > flows && network == "udp" {
-				t.Errorf("%s: not_allowed_drops rose by %d for %d flows", what, n, flows)
+			again = sentAgain(t, out) - again
+			if n := d.counter("not_allowed_drops") - refused; n != flows+again {
+				t.Errorf("%s: not_allowed_drops rose by %d for %d flows and %d SYNs sent again", what, n, flows, again)
 			}
 		}
 	}
+}
+
+// sentAgain is how many TCP segments a node has sent again, SYNs too.
+func sentAgain(t *testing.T, n *lab.Node) int {
+	t.Helper()
+	var names []string
+	for line := range strings.Lines(must(t, n, "cat", "/proc/net/snmp")) {
+		values := strings.Fields(line)
+		if len(values) == 0 || values[0] != "Tcp:" {
+			continue
+		}
+		if names == nil {
+			names = values
+			continue
+		}
+		count, err := strconv.Atoi(values[slices.Index(names, "RetransSegs")])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return count
+	}
+	t.Fatal("the kernel counts no TCP segments")
+	return 0
 }
