@@ -273,11 +273,19 @@ func TestRelayHangs(t *testing.T) {
 	}
 	d := serving(t, top, c)
 	pid := d.relay()
-	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
+	signal := func(sig unix.Signal) {
+		t.Helper()
+		if err := unix.Kill(pid, sig); err != nil {
+			t.Fatal(err)
+		}
 	}
-	goOn := sync.OnceFunc(func() { _ = unix.Kill(pid, unix.SIGCONT) })
-	t.Cleanup(goOn)
+	stop := func() (goOn func()) {
+		signal(unix.SIGSTOP)
+		goOn = sync.OnceFunc(func() { _ = unix.Kill(pid, unix.SIGCONT) }) // if it is still there
+		t.Cleanup(goOn)
+		return goOn
+	}
+	goOn := stop()
 	dies := func(n *lab.Node, of map[string]*lab.Listeners) {
 		t.Helper()
 		if err := of[n.Name].Close(); err != nil {
@@ -325,9 +333,7 @@ func TestRelayHangs(t *testing.T) {
 		t.Error(err)
 	}
 	// A daemon that begins meanwhile leaves all as it is, until the relay is gone.
-	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	goOn = stop()
 	d.kill()
 	d.launch()
 	wait.For(t, limit, "the daemon says what it waits for", func() error {
@@ -338,9 +344,8 @@ func TestRelayHangs(t *testing.T) {
 		return err
 	})
 	avoid(plainPort, t1, t2)
-	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	signal(unix.SIGKILL)
+	goOn()
 	d.converges()
 	avoid(webPort, t1)
 }
